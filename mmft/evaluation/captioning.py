@@ -1,0 +1,200 @@
+"""The metric suite of captioning: one number per caption, and held-out scores with intervals.
+
+Beside the scores that are trained on stand the ones that tell whether a gain is real: captions that break off,
+length, variety, and how much of what a caption claims is true.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mmft.evaluation import statistics
+from mmft.evaluation.statistics import Interval, Statistic
+from reward_models import Bleu, CiderD, DocumentFrequencies
+from reward_models.text import simple
+
+# Words that no whole caption ends with. Policies trained on n-gram overlap learn to end on them, because the n-grams
+# before the break count and nothing after it does. Longer than the list in the self-critical captioning code
+# (a an the in for at of with before after on upon near to is are am); particles that do end sentences ("up", "down",
+# "behind", "around", "outside", "her") are not on it.
+FUNCTION_WORDS = frozenset(
+    "a an the this these some any every each "
+    "of with in on at to into onto from by for near upon beside between before after against under over through "
+    "toward towards along among as than "
+    "and or but nor while "
+    "is are am was were be being has have "
+    "his its their my your our whose which".split()
+)
+
+
+class MetricInfo(NamedTuple):
+    """How a metric is shown: `better` is +1 (more is better), -1 (less is), 0 (neither)."""
+
+    label: str
+    better: int = 0
+    percent: bool = False
+
+    def text(self, value: float | None, signed: bool = False) -> str:
+        """The value for people; a dash where there is none."""
+        if value is None or not np.isfinite(value):
+            return "–"
+        sign = "+" if signed else ""
+        text = f"{100 * value:{sign}.1f} %" if self.percent else f"{value:{sign}.{_decimals(value)}f}"
+        return text.replace("-", "−")
+
+
+METRICS = {
+    "cider_d": MetricInfo("CIDEr-D", 1),
+    "corpus_bleu_4": MetricInfo("BLEU-4 of the corpus", 1),
+    "bleu_4": MetricInfo("BLEU-4, mean over captions", 1),
+    "attribute_accuracy": MetricInfo("True claims about objects", 1, percent=True),
+    "attribute_claims": MetricInfo("Claims about objects per caption"),
+    "distinct_2": MetricInfo("Distinct word pairs", percent=True),
+    "length": MetricInfo("Words per caption"),
+    "bad_ending": MetricInfo("Captions ending in a function word", -1, percent=True),
+    "reward": MetricInfo("Reward", 1),
+}
+
+
+def metric_info(name: str) -> MetricInfo:
+    """What is known of a metric; parts of a reward (``reward/NAME``) go by their own name."""
+    short = name.removeprefix("reward/")
+    return METRICS.get(short) or MetricInfo(short.replace("_", " "))
+
+
+class CaptionScores(dict[str, np.ndarray]):
+    """Metric -> (N,) array, plus what the corpus-level scores are made of.
+
+    Attributes:
+        bleu_counts: (N, 10), see `bleu_counts`.
+        word_pairs: per caption its word pairs (bigrams).
+    """
+
+    bleu_counts: np.ndarray
+    word_pairs: list[list[tuple[str, str]]]
+
+
+def score_captions(
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    df: DocumentFrequencies,
+    claims: Callable[[str, int], tuple[int, int]] | None = None,
+) -> CaptionScores:
+    """Scores N captions against their references, each a (N,) float64 array.
+
+    cider_d (0 to 10, without end token, as published scores are), bleu_4 (sentence, smoothed, 0 to 1), length (words),
+    bad_ending (1.0 = ends in a function word, or is empty), and with `claims` attribute_true and attribute_total.
+
+    Args:
+        df: document frequencies of the training split.
+        claims: caption, row number -> (true claims, claims).
+
+    Raises:
+        ValueError: unequal lengths, no captions, or a row without references.
+    """
+    if not len(captions):
+        raise ValueError("no captions to score; the held-out set is empty")
+    words = [simple(caption) for caption in captions]
+    scores = CaptionScores(
+        cider_d=CiderD(df, eos=False).score(list(captions), list(references)),
+        bleu_4=Bleu(4, smooth=True).score(list(captions), list(references)),
+        length=np.array([len(w) for w in words], dtype=np.float64),
+        bad_ending=np.array([not w or w[-1] in FUNCTION_WORDS for w in words], dtype=np.float64),
+    )
+    if claims is not None:
+        counted = np.array([claims(caption, i) for i, caption in enumerate(captions)], dtype=np.float64)
+        scores["attribute_true"], scores["attribute_total"] = counted[:, 0], counted[:, 1]
+    scores.bleu_counts = bleu_counts(words, [[simple(ref) for ref in refs] for refs in references])
+    scores.word_pairs = [list(zip(w, w[1:], strict=False)) for w in words]
+    return scores
+
+
+def summarise(per_sample: Mapping[str, np.ndarray], **options) -> dict[str, Interval]:
+    """Held-out scores: metric -> {"mean", "low", "high"}.
+
+    Per-row metrics give their mean; attribute_true and attribute_total give attribute_accuracy (a ratio of sums) and
+    attribute_claims; `CaptionScores` give corpus_bleu_4 and distinct_2 too. A metric without any value is left out.
+
+    Args:
+        options: resamples, level, seed of `mmft.evaluation.statistics.intervals`.
+    """
+    found = statistics.intervals(_statistics(per_sample), **options)
+    if isinstance(per_sample, CaptionScores) and any(per_sample.word_pairs):
+        found["distinct_2"] = statistics.jackknife_interval(*_distinct(per_sample), options.get("level", 0.95))
+    return _ordered({name: interval for name, interval in found.items() if np.isfinite(interval["mean"])})
+
+
+def compare(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], **options) -> dict[str, Interval]:
+    """Paired differences, after - before: metric -> {"mean", "low", "high", "relative"}. Row i is the same picture."""
+    found = statistics.paired_intervals(_statistics(before), _statistics(after), **options)
+    if isinstance(before, CaptionScores) and isinstance(after, CaptionScores):
+        if any(before.word_pairs) and any(after.word_pairs):
+            (old, old_out), (new, new_out) = _distinct(before), _distinct(after)
+            level = options.get("level", 0.95)
+            found["distinct_2"] = statistics.jackknife_interval(new - old, new_out - old_out, level)
+            found["distinct_2"]["relative"] = (new - old) / old
+    return _ordered({name: interval for name, interval in found.items() if np.isfinite(interval["mean"])})
+
+
+def bleu_counts(captions: Sequence[list[str]], references: Sequence[Sequence[list[str]]]) -> np.ndarray:
+    """What corpus BLEU-4 sums over rows, (N, 10): clipped matches of order 1 to 4, n-grams tried of order 1 to 4,
+    length, length of the closest reference (the shorter one on a tie). Takes tokens."""
+    out = np.zeros((len(captions), 10))
+    for row, words, refs in zip(out, captions, references, strict=True):
+        for n in range(1, 5):
+            grams = _ngrams(words, n)
+            most: Counter[tuple[str, ...]] = Counter()
+            for ref in refs:
+                most |= _ngrams(ref, n)
+            row[n - 1], row[n + 3] = (grams & most).total(), grams.total()
+        row[8] = len(words)
+        row[9] = min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
+    return out
+
+
+def corpus_bleu_4(sums: np.ndarray) -> np.ndarray:
+    """BLEU-4 from summed counts (..., 10) -> (...) (Papineni et al. 2002); 0 where an order has no match."""
+    matched, tried, length, closest = sums[..., :4], sums[..., 4:8], sums[..., 8], sums[..., 9]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.where(matched > 0, np.log(matched / tried), -np.inf).mean(-1)
+        return np.where(length > 0, np.exp(logs + np.minimum(0.0, 1.0 - closest / length)), 0.0)
+
+
+def _statistics(per_sample: Mapping[str, np.ndarray]) -> dict[str, Statistic]:
+    """What is a function of sums over rows."""
+    found = {name: statistics.mean(values) for name, values in per_sample.items() if "attribute_" not in name}
+    if "attribute_total" in per_sample:
+        true, total = per_sample["attribute_true"], per_sample["attribute_total"]
+        found["attribute_accuracy"] = statistics.ratio(true, total)
+        found["attribute_claims"] = statistics.mean(total)
+    if isinstance(per_sample, CaptionScores):
+        found["corpus_bleu_4"] = Statistic(per_sample.bleu_counts, corpus_bleu_4)
+    return found
+
+
+def _distinct(scores: CaptionScores) -> tuple[float, np.ndarray]:
+    """Distinct-2 (Li et al. 2016): different word pairs / word pairs; and with one caption left out each, (N,)."""
+    pairs = scores.word_pairs
+    holders = Counter(pair for row in pairs for pair in set(row))  # captions that hold a pair
+    tokens = sum(map(len, pairs))
+    lost = np.array([sum(holders[pair] == 1 for pair in set(row)) for row in pairs])
+    rest = tokens - np.array([len(row) for row in pairs])
+    return len(holders) / tokens, (len(holders) - lost) / np.maximum(rest, 1)
+
+
+def _ngrams(words: list[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def _ordered(found: dict[str, Interval]) -> dict[str, Interval]:
+    """In the order of `METRICS`, unknown ones last."""
+    order = {name: i for i, name in enumerate(METRICS)}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0].removeprefix("reward/"), len(order))))
+
+
+def _decimals(value: float) -> int:
+    return 3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0

@@ -1,0 +1,1 @@
+"""The loop and its stages. Start reading at `trainer.py`."""

@@ -1,0 +1,120 @@
+"""Options of the trainers, under the names of TRL's `PPOConfig` and `GRPOConfig` where those have one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class PPOConfig:
+    """Proximal policy optimisation with a critic (or, with ``critic="none"``, a leave-one-out baseline).
+
+    Attributes:
+        output_dir: the run folder.
+        seed: of data order and sampling; two runs with one seed write the same responses.
+        max_steps: RL steps; each samples, scores and learns from one batch.
+        prompts_per_step: prompts of a step, over all processes (B).
+        num_generations: responses to each prompt (G).
+        max_completion_length: longest response, in tokens (T).
+        temperature: of sampling; log-probs are those of the tempered distribution.
+        learning_rate, value_learning_rate: of the adapters and of the value head (None = the same).
+        lr_scheduler_type: "constant", "linear" or "cosine" decay over ``max_steps``.
+        warmup_steps: RL steps over which the learning rate rises from zero.
+        num_ppo_epochs: passes over a step's experience.
+        num_mini_batches: optimizer steps per pass; minibatches are made of whole groups.
+        micro_prompts: prompts per forward pass of the update (None = the whole minibatch); changes memory only.
+        kl_coef: weight of the KL penalty against the reference, in reward units per nat.
+        kl_estimator: "k1", "k2" or "k3" (Schulman 2020), per token, inside the reward.
+        kl_target, kl_horizon: an adaptive ``kl_coef`` (Ziegler et al. 2019) when a target (nats per response) is set.
+        gamma, lam: of generalised advantage estimation.
+        cliprange, cliprange_value: PPO's clip of the ratio, and of the value (None = unclipped).
+        vf_coef, entropy_coef: weights of the critic's loss and of the entropy bonus.
+        whiten_rewards: divide token rewards by their standard deviation (the mean stays, as in TRL).
+        whiten_advantages: normalise advantages to mean 0 and variance 1 over the step.
+        missing_eos_penalty: taken off the score of a response that did not end (None = 0).
+        critic: "head" or "none".
+        reward_weights: one per reward function; None = 1 each.
+        save_steps, eval_steps: every so many steps; 0 = only at the end.
+        eval_rows: at most this many rows of the evaluation set.
+        eval_batch: prompts decoded together in evaluation.
+        cache_bytes: memory for picture features kept across steps.
+        report_to: trackers beside ``metrics.jsonl``.
+    """
+
+    output_dir: str = "runs/ppo"
+    seed: int = 0
+    max_steps: int = 60
+    prompts_per_step: int = 32
+    num_generations: int = 8
+    max_completion_length: int = 24
+    temperature: float = 1.0
+    learning_rate: float = 5e-4
+    value_learning_rate: float | None = None
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    num_ppo_epochs: int = 2
+    num_mini_batches: int = 1
+    micro_prompts: int | None = None
+    kl_coef: float = 0.02
+    kl_estimator: str = "k1"
+    kl_target: float | None = None
+    kl_horizon: int = 10000
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange: float = 0.2
+    cliprange_value: float | None = 0.2
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    missing_eos_penalty: float | None = None
+    critic: str = "head"
+    reward_weights: list[float] | None = None
+    save_steps: int = 0
+    eval_steps: int = 0
+    eval_rows: int = 512
+    eval_batch: int = 64
+    cache_bytes: int = 1 << 30
+    report_to: tuple[str, ...] = field(default=("tensorboard",))
+
+    def __post_init__(self) -> None:
+        if self.critic == "none" and self.num_generations < 2:
+            raise ValueError("critic='none' takes the other responses to a prompt as baseline: num_generations >= 2")
+        if self.prompts_per_step % self.num_mini_batches:
+            raise ValueError(
+                f"prompts_per_step={self.prompts_per_step} is not divisible by num_mini_batches={self.num_mini_batches}"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: sampling needs a temperature above 0")
+
+
+@dataclass
+class A2CConfig(PPOConfig):
+    """Advantage actor-critic: one pass, no ratio and no clip; the rest as `PPOConfig`."""
+
+    num_ppo_epochs: int = 1
+    cliprange_value: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_ppo_epochs != 1:
+            raise ValueError("A2C's gradient is right for one pass over its samples: num_ppo_epochs must be 1")
+
+
+def from_recipe(recipe) -> PPOConfig:
+    """The trainer's options, from a `mmft.recipe.Recipe`."""
+    a, r, t = recipe.algorithm, recipe.rollout, recipe.train
+    options = a.model_dump(exclude={"name"}) | r.model_dump()
+    options |= t.model_dump(exclude={"steps", "lr_schedule", "save_every"})
+    options |= {"max_steps": t.steps, "lr_scheduler_type": t.lr_schedule, "save_steps": t.save_every}
+    return {"ppo": PPOConfig, "a2c": A2CConfig}[a.name](
+        **options,
+        output_dir=recipe.output.dir,
+        seed=recipe.seed,
+        critic=recipe.model.critic,
+        eval_steps=recipe.eval.every,
+        eval_rows=recipe.eval.rows,
+        report_to=tuple(recipe.output.trackers),
+    )

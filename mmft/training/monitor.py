@@ -1,0 +1,211 @@
+"""What a run tells while it runs: ``metrics.jsonl``, TensorBoard, a progress bar, the before/after table.
+
+Everything happens on the main process; on the others a monitor does nothing at all.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mmft.evaluation.captioning import metric_info
+
+TRACKERS = ("tensorboard",)
+# What the progress bar shows: key of the metrics -> label and number format.
+SHOWN = {
+    "reward": ("reward", ".3f"),
+    "kl": ("KL", ".3f"),
+    "entropy": ("entropy", ".2f"),
+    "explained_variance": ("expl. var.", ".2f"),
+    "tokens_per_second": ("tokens/s", ".0f"),
+}
+
+
+class Monitor:
+    """Writes a run's numbers down and shows them.
+
+    Args:
+        run_dir: the run folder; made where missing.
+        total_steps: steps of the whole run, those before a resume included.
+        is_main: False = do nothing.
+        trackers: names from ``TRACKERS`` beside ``metrics.jsonl``.
+        progress: show a bar on a terminal, and a plain line every 5 % of the steps elsewhere.
+        resume_step: continue after this step: lines past it leave ``metrics.jsonl``. None = a new run, which starts
+            the file anew.
+
+    Raises:
+        ValueError: an unknown tracker.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        total_steps: int,
+        is_main: bool = True,
+        trackers: Sequence[str] = ("tensorboard",),
+        progress: bool = True,
+        resume_step: int | None = None,
+    ):
+        for name in trackers:
+            if name not in TRACKERS:
+                raise ValueError(f"unknown tracker {name!r}: expected one of {', '.join(TRACKERS)}")
+        self.is_main, self.total_steps = is_main, total_steps
+        self._file, self._writer, self._bar = None, None, None
+        if not is_main:
+            return
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.console = Console()
+        if not self.console.is_terminal:
+            self.console = Console(width=120)  # 80 columns, the default in a log file, would cut the table
+        self.progress = progress
+        done = resume_step or 0
+        path = run_dir / "metrics.jsonl"
+        _keep_lines_until(path, done)
+        self._file = path.open("a", encoding="utf-8")
+        if "tensorboard" in trackers:
+            from torch.utils.tensorboard import SummaryWriter  # costs a second; not every run wants it
+
+            # purge_step hides what an earlier run, or the run before the resume, wrote from that step on.
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+        self._began, self._done_at_start = time.monotonic(), done
+        if progress and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                speed_estimate_period=600,  # steps take seconds to minutes; the default looks back 30 s
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=done, numbers="")
+            self._bar.start()
+        # A run that dies would leave the terminal without a cursor.
+        atexit.register(self.close)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one step down everywhere. Not-a-number and infinity become null in the file."""
+        if not self.is_main:
+            return
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        line = json.dumps({"step": int(step)} | {k: v for k, v in numbers.items() if k != "step"}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in numbers.items():
+                if value is not None and name != "step":
+                    self._writer.add_scalar(name, value, step)
+        self._show(step, numbers)
+
+    def log_images(self, step: int, pictures: Sequence[Any], captions: Sequence[str], most: int = 8) -> None:
+        """Shows pictures (PIL images) and what is said of them in TensorBoard; the first `most` of them."""
+        if self._writer is None:
+            return
+        for i, (picture, caption) in enumerate(zip(pictures[:most], captions[:most], strict=True)):
+            self._writer.add_image(f"held_out/{i}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            self._writer.add_text(f"held_out/{i}", caption, step)
+
+    def table(
+        self,
+        before: Mapping[str, Mapping[str, float]],
+        after: Mapping[str, Mapping[str, float]],
+        difference: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
+        """Prints the held-out table; each argument is metric -> {"mean", "low", "high"}."""
+        if not self.is_main:
+            return
+        self._stop_bar()
+        table = Table(title="Held-out, greedy decoding, 95 % intervals", title_justify="left")
+        table.add_column("")
+        for heading in ("before", "after", "difference", "relative"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name in [*before, *(name for name in after if name not in before)]:
+            info = metric_info(name)
+            change = (difference or {}).get(name, {})
+            verdict = _verdict(change, info.better)
+            difference_text = info.text(change.get("mean"), signed=True) + _range(info, change, signed=True)
+            cells = [info.text(side.get(name, {}).get("mean")) for side in (before, after)]
+            relative = change.get("relative")
+            share = "–" if relative is None or not math.isfinite(relative) else f"{100 * relative:+.1f} %"
+            table.add_row(escape(info.label), *cells, difference_text, share.replace("-", "−"), style=verdict)
+        self.console.print(table)
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files. May be called twice."""
+        self._stop_bar()
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._file, self._writer = None, None
+        atexit.unregister(self.close)
+
+    def _show(self, step: int, numbers: Mapping[str, float | None]) -> None:
+        parts = [
+            f"{label} {numbers[name]:{how}}" for name, (label, how) in SHOWN.items() if numbers.get(name) is not None
+        ]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers="  ".join(parts))
+        elif self.progress and (step % max(1, self.total_steps // 20) == 0 or step == self.total_steps):
+            steps = max(1, step - self._done_at_start)
+            left = (time.monotonic() - self._began) / steps * (self.total_steps - step)
+            print(f"step {step}/{self.total_steps}  {'  '.join(parts)}  {_duration(left)} left", flush=True)
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
+    """Drops lines past `step`, and the half line that a killed run may leave; replaces the file in one go."""
+    kept = []
+    if step and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _number(value: Any) -> float | None:
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _range(info, interval: Mapping[str, float], signed: bool) -> str:
+    if interval.get("low") is None or interval.get("high") is None:
+        return ""
+    return f" [{info.text(interval['low'], signed)}, {info.text(interval['high'], signed)}]"
+
+
+def _verdict(difference: Mapping[str, float], better: int) -> str | None:
+    """Green or red only where the interval leaves out zero and the metric has a good direction."""
+    low, high = difference.get("low"), difference.get("high")
+    if not better or low is None or high is None or not (low > 0 or high < 0):
+        return None
+    return "green" if (low > 0) == (better > 0) else "red"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

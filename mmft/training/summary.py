@@ -1,0 +1,80 @@
+"""What a run came to: ``summary.json`` and ``samples.jsonl`` with their pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmft.evaluation.captioning import compare, summarise
+from mmft.training.evaluate import Evaluation, text_row
+
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets")
+_FIRST, _EXTREME = 24, 12  # held-out samples kept with pictures: the first ones, the best gains, the worst regressions
+_THUMBNAIL = 256  # longest side, pixels
+
+
+def write_summary(
+    run_dir: Path,
+    dataset,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    seconds: float,
+    signatures: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Writes ``summary.json`` (and samples where there is an evaluation); returns its contents.
+
+    Args:
+        dataset: the held-out rows.
+        seconds: wall-clock time of the run.
+        signatures: reward or metric -> how exactly it is computed.
+    """
+    summary: dict[str, Any] = {"before": {}, "after": {}, "difference": {}}
+    if before is not None and after is not None:
+        summary = {
+            "before": summarise(before.metrics),
+            "after": summarise(after.metrics),
+            "difference": compare(before.metrics, after.metrics),
+            "rows": len(after.texts),
+        }
+        write_samples(run_dir, dataset, before, after)
+    summary |= {
+        "seconds": round(seconds, 1),
+        "signatures": signatures or {},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def write_samples(run_dir: Path, dataset, before: Evaluation, after: Evaluation) -> None:
+    """One line per shown sample: picture, references, before, after and both sides' scores."""
+    main = next(iter(after.metrics))
+    gain = after.metrics[main] - before.metrics[main]
+    order = np.argsort(gain, kind="stable")
+    chosen = list(dict.fromkeys([*range(min(_FIRST, len(gain))), *order[-_EXTREME:][::-1], *order[:_EXTREME]]))
+    pictures = run_dir / "pictures"
+    pictures.mkdir(exist_ok=True)
+    with (run_dir / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for i in map(int, chosen):
+            row = dataset[i]
+            line = {"id": str(row.get("id", i)), "picture": _save_picture(row, pictures / f"{i:05d}.jpg", run_dir)}
+            line |= {"references": text_row(dataset, i).get("references", [])}
+            line |= {"before": before.texts[i], "after": after.texts[i]}
+            for side, evaluation in (("scores_before", before), ("scores_after", after)):
+                line[side] = {name: round(float(values[i]), 6) for name, values in evaluation.metrics.items()}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _save_picture(row: dict[str, Any], path: Path, run_dir: Path) -> str | None:
+    image = row.get("image") or (row.get("images") or [None])[0]
+    if image is None:
+        return None
+    image = image.convert("RGB")
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image.save(path, quality=88)
+    return str(path.relative_to(run_dir))

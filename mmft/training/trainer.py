@@ -1,0 +1,319 @@
+"""The trainers: an explicit loop on Accelerate, in the order of the stages of one batch.
+
+The only file that knows all stages. TRL's face (constructor, dataset formats, reward functions, option names), and
+TRL's `PPOTrainer` as it was before its removal for the order of things; the loop itself is in the open: see `step`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from mmft.algorithms.kl import AdaptiveKL, FixedKL
+from mmft.algorithms.masked import explained_variance
+from mmft.batch import PromptBatch, Rollout
+
+from mmft.evaluation.report import write_report
+from mmft.training import rollout as stages
+from mmft.training.checkpoint import load_checkpoint, save_adapter, save_checkpoint
+from mmft.training.config import A2CConfig, PPOConfig
+from mmft.training.evaluate import Evaluation, Metrics, evaluate
+from mmft.training.monitor import Monitor
+from mmft.training.summary import write_summary
+from mmft.training.update import update
+from mmft.vlm.load import build_policy, load_model
+from mmft.vlm.policy import Policy
+from mmft.vlm.selftest import selftest
+
+
+class PPOTrainer:
+    """Fine-tunes a vision-language model with proximal policy optimisation.
+
+    Args:
+        model: name (bundled, folder, hub id), a loaded model, a `PeftModel`, or a `Policy`.
+        reward_funcs: one reward function, several, or a `reward_models.WeightedRewards`. Each takes ``prompts``,
+            ``completions`` and the dataset's columns as keyword arguments and returns a score per completion.
+        args: the options.
+        train_dataset: rows with ``prompt`` and ``image`` (or ``images``): a `datasets.Dataset`, a list of dicts, or
+            `mmft.data.Rows`.
+        eval_dataset: held-out rows of the same kind.
+        processing_class: the processor; by default the one saved with the model.
+        peft_config: a PEFT configuration; None trains every weight, against a frozen copy as reference.
+        compute_metrics: texts and rows -> metric -> number per sample, for evaluation. By default the reward
+            functions' own parts are the metrics.
+    """
+
+    config_class = PPOConfig
+
+    def __init__(
+        self,
+        model,
+        reward_funcs,
+        args: PPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        compute_metrics: Metrics | None = None,
+    ):
+        self.config = args or self.config_class()
+        if not isinstance(self.config, self.config_class) or type(self.config) is not self.config_class:
+            raise ValueError(f"{type(self).__name__} takes {self.config_class.__name__}, not {type(args).__name__}")
+        if train_dataset is None or len(train_dataset) == 0:
+            raise ValueError("train_dataset is empty; PPO needs rows with 'prompt' and 'image'")
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        _require_columns(train_dataset, "train_dataset")
+        self.reward_funcs = as_rewards(reward_funcs, self.config.reward_weights)
+        self.compute_metrics = compute_metrics or self._reward_metrics
+        if not isinstance(model, Policy):
+            if isinstance(model, str):
+                model, loaded = load_model(model)
+                processing_class = processing_class or loaded
+            model = build_policy(
+                model,
+                processing_class,
+                peft_config,
+                self.config.critic,
+                needs_reference=self.config.kl_coef > 0,
+                cache_bytes=self.config.cache_bytes,
+            )
+        # Accelerate takes the device from its launcher; a launch on CPU has to say so itself.
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        if self.config.prompts_per_step % self.accelerator.num_processes:
+            raise ValueError(
+                f"prompts_per_step={self.config.prompts_per_step} cannot be shared by "
+                f"{self.accelerator.num_processes} processes"
+            )
+        optimizer = torch.optim.AdamW(_parameter_groups(model, self.config), weight_decay=self.config.weight_decay)
+        self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.policy: Policy = self.accelerator.unwrap_model(self.prepared)
+        kl = self.config
+        self.kl = AdaptiveKL(kl.kl_coef, kl.kl_target, kl.kl_horizon) if kl.kl_target else FixedKL(kl.kl_coef)
+        self.run_dir = Path(self.config.output_dir)
+        self._seconds: dict[str, float] = {}
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> dict[str, Any]:
+        """Runs the whole training; returns the run's summary (also in ``summary.json``).
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, True for the run folder's last one, or None.
+        """
+        began = time.time()
+        done = load_checkpoint(self, resume_from_checkpoint) if resume_from_checkpoint else 0
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        main = self.accelerator.is_main_process
+        monitor = Monitor(self.run_dir, self.config.max_steps, main, self.config.report_to, resume_step=done or None)
+        selftest(self.policy, self.prompts(1)[0].select([0]), self.config.temperature)
+        # A policy without adapters is the reference itself before its first step.
+        before = self.evaluate(reference=hasattr(self.policy.model, "disable_adapter"))
+        for step in range(done + 1, self.config.max_steps + 1):
+            metrics = self.step(step)
+            if self.config.eval_steps and step % self.config.eval_steps == 0 and step < self.config.max_steps:
+                held_out = self.evaluate()
+                metrics |= {f"eval/{k}": v for k, v in (held_out.means() if held_out else {}).items()}
+            monitor.log(step, metrics)
+            if self.config.save_steps and step % self.config.save_steps == 0:
+                save_checkpoint(self, step)
+        after = self.evaluate()
+        summary: dict[str, Any] = {}
+        if main:
+            save_adapter(self.policy, self.run_dir)
+            summary = write_summary(
+                self.run_dir, self.eval_dataset, before, after, time.time() - began, self.signatures()
+            )
+            monitor.table(summary["before"], summary["after"], summary["difference"])
+            write_report(self.run_dir)
+        monitor.close()
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    def step(self, step: int) -> dict[str, float]:
+        """One RL step: stages 1 to 7. Returns its metrics."""
+        config, began = self.config, time.perf_counter()
+        learning_rate = self._set_learning_rate(step)
+
+        # 1, 2. Rows and their pictures. 3. Responses, with log-probs and values as they fall out of sampling.
+        with self._timed("rollout"):
+            prompts, _ = self.prompts(step)
+            with self.accelerator.autocast():
+                rollout = stages.sample(self.policy, prompts, config, config.seed * 1_000_003 + step)
+        # 4. The reference's view of them: the same weights with the adapters off.
+        with self._timed("reference"):
+            if config.kl_coef > 0:
+                with self.accelerator.autocast():
+                    rollout.ref_logprobs = self.policy(
+                        prompts, rollout.responses, config.temperature, reference=True
+                    ).logprobs
+        # 5. Scores, with their parts.
+        with self._timed("reward"):
+            stages.score(rollout, self.reward_funcs, config)
+        # 6. Token rewards, advantages, returns; statistics over all processes.
+        kl = stages.credit(rollout, config, self.kl.value, self._reduce)
+        # 7. Epochs x minibatches x microbatches.
+        with self._timed("update"):
+            self.prepared.train()
+            losses = update(self.prepared, self.optimizer, rollout, config, self.accelerator, step)
+
+        metrics = self._metrics(rollout, kl, losses)
+        self.kl.update(metrics["kl"], config.prompts_per_step * config.num_generations)
+        seconds = time.perf_counter() - began
+        metrics |= {f"time/{name}": value for name, value in self._seconds.items()}
+        metrics |= {
+            "seconds": seconds,
+            "tokens_per_second": metrics.pop("tokens") / seconds,
+            "samples_per_second": config.prompts_per_step * config.num_generations / seconds,
+            "kl_coef": self.kl.value,
+            "learning_rate": learning_rate,
+        }
+        return metrics
+
+    # ---------------------------------------------------------------- rows
+
+    def prompts(self, step: int) -> tuple[PromptBatch, list[int]]:
+        """This process's prompts of a step. A function of (seed, step) alone, so a resumed run needs no cursor."""
+        config, n = self.config, len(self.train_dataset)
+        first = (step - 1) * config.prompts_per_step
+        places = range(first, first + config.prompts_per_step)
+        mine = places[self.accelerator.process_index :: self.accelerator.num_processes]
+        indices, order = [], {}
+        for place in mine:
+            epoch = place // n
+            if epoch not in order:
+                order[epoch] = np.random.default_rng([config.seed, epoch]).permutation(n)
+            indices.append(int(order[epoch][place % n]))
+        rows = [self.train_dataset[i] for i in indices]
+        ids = [f"{row.get('id', i)}@{place}" for row, i, place in zip(rows, indices, mine, strict=True)]
+        return self.policy.pictures.prompts(rows, ids, self.policy.device), indices
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(self, reference: bool = False) -> Evaluation | None:
+        """Greedy responses to the held-out rows and their metrics; None without an evaluation set.
+
+        Args:
+            reference: of the policy before training, by switching its adapters off.
+        """
+        if self.eval_dataset is None:
+            return None
+        config = self.config
+        return evaluate(
+            self.policy,
+            self.eval_dataset,
+            self.compute_metrics,
+            config.eval_rows,
+            config.max_completion_length,
+            config.eval_batch,
+            self.accelerator,
+            reference,
+        )
+
+    def _reward_metrics(self, texts: list[str], rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        columns = {key: [row.get(key) for row in rows] for key in rows[0]}
+        prompts = columns.pop("prompt", [""] * len(rows))
+        conversational = [not isinstance(p, str) for p in prompts]
+        completions = [
+            [{"role": "assistant", "content": t}] if chat else t for t, chat in zip(texts, conversational, strict=True)
+        ]
+        scores = self.reward_funcs(prompts=prompts, completions=completions, ended=[True] * len(texts), **columns)
+        return {"reward": np.asarray(scores.total)} | {f"reward/{k}": np.asarray(v) for k, v in scores.parts.items()}
+
+    def signatures(self) -> dict[str, str]:
+        """Reward -> how exactly it is computed, where it says so."""
+        parts = getattr(self.reward_funcs, "parts", [])
+        return {name: function.signature for name, function, _ in parts if hasattr(function, "signature")}
+
+    # ---------------------------------------------------------------- numbers
+
+    def _metrics(self, rollout: Rollout, kl: torch.Tensor, losses: dict[str, float]) -> dict[str, float]:
+        """The step's numbers: means over the responses of all processes."""
+        mask, length = rollout.responses.mask, rollout.responses.mask.sum(-1).float()
+        scores = rollout.scores
+        per_response = {
+            "reward": scores,
+            "kl": kl.sum(-1),
+            "entropy": rollout.old.entropy.sum(-1) / length.clamp_min(1),
+            "response_length": length,
+            "ended_fraction": rollout.responses.ended.float(),
+        }
+        per_response |= {f"reward/{name}": part for name, part in rollout.parts.items()}
+        gathered = {k: self.accelerator.gather(v.to(scores.device).contiguous()) for k, v in per_response.items()}
+        metrics = {k: float(v[~v.isnan()].mean()) if (~v.isnan()).any() else float("nan") for k, v in gathered.items()}
+        metrics["reward_std"] = float(gathered["reward"].std(unbiased=False))
+        metrics["tokens"] = float(gathered["response_length"].sum())
+        if rollout.old.values is not None and self.config.critic != "none":
+            metrics["explained_variance"] = float(
+                explained_variance(rollout.old.values, rollout.returns, mask, reduce=self._reduce)
+            )
+        return metrics | losses
+
+    def _reduce(self, statistics: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(statistics, "sum") if self.accelerator.num_processes > 1 else statistics
+
+    def _set_learning_rate(self, step: int) -> float:
+        """The schedule as a function of the step alone; each group keeps its own base rate."""
+        config = self.config
+        factor = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+        progress = (step - 1) / max(config.max_steps, 1)
+        if config.lr_scheduler_type == "linear":
+            factor *= 1.0 - progress
+        elif config.lr_scheduler_type == "cosine":
+            factor *= 0.5 * (1.0 + float(np.cos(np.pi * progress)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return config.learning_rate * factor
+
+    @contextmanager
+    def _timed(self, phase: str):
+        start = time.perf_counter()
+        yield
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize(self.policy.device)
+        self._seconds[phase] = time.perf_counter() - start
+
+
+class A2CTrainer(PPOTrainer):
+    """Advantage actor-critic: the same loop with one pass and the plain policy gradient. See `PPOTrainer`."""
+
+    config_class = A2CConfig
+
+
+def as_rewards(reward_funcs, weights: list[float] | None):
+    """One function, a list of them, or a ready combination -> a callable that returns total and parts."""
+    from reward_models import WeightedRewards
+
+    if isinstance(reward_funcs, WeightedRewards):
+        return reward_funcs
+    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    weights = weights if weights is not None else [1.0] * len(functions)
+    if len(weights) != len(functions):
+        raise ValueError(f"reward_weights has {len(weights)} entries for {len(functions)} reward functions")
+    names: list[str] = []
+    for function in functions:
+        name = getattr(function, "__name__", type(function).__name__)
+        names.append(name if name not in names else f"{name}_{len(names)}")
+    return WeightedRewards(list(zip(names, functions, weights, strict=True)))
+
+
+def _parameter_groups(policy: Policy, config: PPOConfig) -> list[dict[str, Any]]:
+    """Adapters (or all weights), and the value head with its own learning rate."""
+    head = list(policy.value_head.parameters()) if policy.value_head is not None else []
+    known = {id(p) for p in head}
+    rest = [p for p in policy.parameters() if p.requires_grad and id(p) not in known]
+    value_rate = config.learning_rate if config.value_learning_rate is None else config.value_learning_rate
+    groups = [{"params": rest, "lr": config.learning_rate, "base_lr": config.learning_rate}]
+    return groups + ([{"params": head, "lr": value_rate, "base_lr": value_rate}] if head else [])
+
+
+def _require_columns(dataset, name: str) -> None:
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    if "prompt" not in columns:
+        raise ValueError(f"{name} has no column 'prompt'; its columns are: {', '.join(columns)}")

@@ -1,0 +1,118 @@
+"""The update: epochs x minibatches x microbatches of whole groups. Stage 7 of the way of one batch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from mmft.algorithms import losses
+from mmft.batch import Rollout
+from mmft.training.config import A2CConfig, PPOConfig
+
+
+def update(policy: nn.Module, optimizer, rollout: Rollout, config: PPOConfig, accelerator, step: int) -> dict[str, float]:
+    """Learns from one rollout. ``policy`` and ``optimizer`` are the prepared ones.
+
+    The loss of a minibatch is its sum over tokens divided by the tokens of the whole minibatch over all processes,
+    so neither the size of a microbatch nor the number of processes changes the gradient.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite on some process; no process has made the step.
+    """
+    group, mask = config.num_generations, rollout.responses.mask
+    lengths = mask.sum(-1).view(-1, group).sum(-1)  # (B,) response tokens of each group
+    order = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    metrics: dict[str, list[float]] = defaultdict(list)
+    for epoch in range(config.num_ppo_epochs):
+        permutation = torch.randperm(len(lengths), generator=order)
+        for number, minibatch in enumerate(permutation.chunk(config.num_mini_batches)):
+            # Groups of like length together: less padding in a packed row.
+            minibatch = minibatch[lengths.cpu()[minibatch].argsort(descending=True)]
+            tokens = accelerator.reduce(lengths[minibatch.to(lengths.device)].sum().float(), "sum")
+            micros = minibatch.split(config.micro_prompts or len(minibatch))
+            for i, micro in enumerate(micros):
+                # DDP averages gradients over processes; the losses are shares of a global mean, to be summed.
+                scale = accelerator.num_processes / tokens
+                with accelerator.autocast():
+                    loss, stats = microbatch_loss(policy, rollout, micro.tolist(), config, scale)
+                _require_finite(loss, accelerator, f"step {step}: the loss", rollout, micro.tolist())
+                last = i + 1 == len(micros)
+                with accelerator.no_sync(policy) if not last else nullcontext():
+                    accelerator.backward(loss)
+                for name, value in stats.items():
+                    metrics[name].append(value)
+                if epoch == number == i == 0:
+                    metrics["first_ratio_error"] = [stats["ratio_error"]]
+            norm = accelerator.clip_grad_norm_(
+                [p for p in policy.parameters() if p.requires_grad], config.max_grad_norm
+            )
+            norm = torch.as_tensor(norm, dtype=torch.float32)
+            _require_finite(norm, accelerator, f"step {step}: the gradient", rollout, minibatch.tolist())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            metrics["grad_norm"].append(float(norm))
+    shares = ("policy_loss", "value_loss", "entropy_loss")
+    steps = config.num_ppo_epochs * config.num_mini_batches
+    return {
+        name: max(values) if name == "ratio_max" else sum(values) / (steps if name in shares else len(values))
+        for name, values in metrics.items()
+        if name != "ratio_error"
+    }
+
+
+def microbatch_loss(
+    policy: nn.Module, rollout: Rollout, groups: list[int], config: PPOConfig, scale: Tensor | float
+) -> tuple[Tensor, dict[str, float]]:
+    """The microbatch's share of the minibatch loss: policy + vf_coef * value - entropy_coef * entropy.
+
+    Args:
+        groups: indices of prompts.
+        scale: processes / tokens of the whole minibatch.
+    """
+    responses = rollout.responses.select_groups(groups, config.num_generations)
+    mask = responses.mask
+    rows = torch.as_tensor(groups, device=mask.device)[:, None] * config.num_generations
+    rows = (rows + torch.arange(config.num_generations, device=mask.device)).flatten()
+
+    def own(x: Tensor) -> Tensor:
+        return x[rows, : mask.shape[1]]
+
+    new = policy(rollout.prompts.select(groups), responses, config.temperature, entropy=config.entropy_coef != 0)
+    old_logprobs, advantages = own(rollout.old.logprobs), own(rollout.advantages)
+    denominator = 1.0 / torch.as_tensor(scale, device=mask.device)
+    if isinstance(config, A2CConfig):
+        policy_loss = losses.a2c_policy_loss(new.logprobs, advantages, mask, denominator)
+        _, stats = losses.ppo_policy_loss(new.logprobs.detach(), old_logprobs, advantages, mask, 1e9, denominator)
+    else:
+        policy_loss, stats = losses.ppo_policy_loss(
+            new.logprobs, old_logprobs, advantages, mask, config.cliprange, denominator
+        )
+    loss = policy_loss
+    stats = {k: float(v) for k, v in stats.items()} | {"policy_loss": float(policy_loss)}
+    stats["ratio_error"] = float(((new.logprobs.detach() - old_logprobs).exp() - 1)[mask].abs().max())
+    if new.values is not None:
+        value_loss, value_stats = losses.value_loss(
+            new.values, own(rollout.old.values), own(rollout.returns), mask, config.cliprange_value, denominator
+        )
+        loss = loss + config.vf_coef * value_loss
+        stats |= {"value_loss": float(value_loss), "value_clip_fraction": float(value_stats["clip_fraction"])}
+    if config.entropy_coef:
+        bonus = (new.entropy * mask).sum() / denominator
+        loss = loss - config.entropy_coef * bonus
+        stats["entropy_loss"] = float(-bonus)
+    return loss, stats
+
+
+def _require_finite(value: Tensor, accelerator, what: str, rollout: Rollout, groups: list[int]) -> None:
+    """Stops all processes together, before the step, when any of them has a number that is not finite."""
+    bad = (~torch.isfinite(value.detach())).float().reshape(1)
+    if accelerator.reduce(bad, "sum").item() == 0:
+        return
+    where = f"rows {', '.join(rollout.prompts.row_ids[g] for g in groups[:8])}" if bad.item() else "another process"
+    raise FloatingPointError(
+        f"{what} is not finite (process {accelerator.process_index}; {where}); no weight was changed by this step. "
+        "Lower train.learning_rate, or look at the rewards of these rows"
+    )

@@ -1,0 +1,305 @@
+"""Rows -> prompts with visual records, and each picture through the vision tower once.
+
+The only file that indexes pixel tensors. A record holds what the processor made of one row's pictures; records of
+equal shape go through the tower together, and their features are kept: for the step always, across steps (within a
+byte budget) while the tower is frozen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmft.batch import PromptBatch, VisualRecord
+
+# Processor outputs that describe the text; everything else belongs to the pictures.
+_TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "special_tokens_mask")
+_ZERO_WIDTH_SPACE = "\u200b"
+_PREPARED_ROWS = 65536  # prompts whose token ids are remembered; a few hundred bytes each
+
+
+class Pictures:
+    """Turns dataset rows into a `PromptBatch` and encodes its pictures.
+
+    Args:
+        model: the vision-language model (already wrapped with adapters or not).
+        processor: its processor.
+        positions: the family's kind of positions, "sequential" or "mrope".
+        cache_bytes: budget for features kept across steps; 0 keeps none. Used only while the tower is frozen.
+    """
+
+    def __init__(self, model: nn.Module, processor, positions: str = "sequential", cache_bytes: int = 1 << 30):
+        self.model = model
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.positions = positions
+        self.cache_bytes = cache_bytes
+        self._cached: OrderedDict[str, dict[str, list[Any]]] = OrderedDict()
+        self._cached_bytes = 0
+        # (prompt text, picture key) -> prompt ids and the small tensors beside the pixels (grids, sizes).
+        self._prepared: OrderedDict[tuple[str, str], tuple[Tensor, dict[str, Tensor]]] = OrderedDict()
+        self.image_token_id = _image_token_id(model)
+        # Longest first, so that no marker is broken up by a shorter one inside it.
+        markers = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        self._markers = sorted(markers | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        self.encoded = 0  # pictures' records that went through the tower; tests and benchmarks read it
+
+    # ---------------------------------------------------------------- rows -> prompts
+
+    def prompts(self, rows: Sequence[Mapping[str, Any]], row_ids: Sequence[str], device: torch.device) -> PromptBatch:
+        """Tokenises B rows. Each row needs ``prompt`` and may hold ``image`` or ``images``.
+
+        Raises:
+            ValueError: naming the row, when it has no prompt, or when the number of placeholder tokens is not what
+                the pictures need.
+        """
+        ids, records = [], []
+        for row, row_id in zip(rows, row_ids, strict=True):
+            row_prompt, record = self._prepare(row, row_id)
+            ids.append(row_prompt)
+            records.append(record)
+        width = max(len(row) for row in ids)
+        prompt_ids = torch.full((len(ids), width), self.tokenizer.pad_token_id or 0, dtype=torch.long)
+        prompt_mask = torch.zeros(len(ids), width, dtype=torch.bool)
+        for i, row_prompt in enumerate(ids):
+            prompt_ids[i, : len(row_prompt)] = row_prompt
+            prompt_mask[i, : len(row_prompt)] = True
+        positions, next_position = self._positions(prompt_ids, prompt_mask, records)
+        return PromptBatch(
+            prompt_ids=prompt_ids.to(device),
+            prompt_mask=prompt_mask.to(device),
+            positions=positions.to(device),
+            next_position=next_position.to(device),
+            visuals=records,
+            rows=[dict(row) for row in rows],
+            row_ids=list(row_ids),
+        )
+
+    def _prepare(self, row: Mapping[str, Any], row_id: str) -> tuple[Tensor, VisualRecord]:
+        """Prompt ids (P,) and the visual record of one row.
+
+        The processor is not asked again about a prompt and pictures whose features are still in the cache.
+        """
+        if row.get("prompt") is None:
+            raise ValueError(f"row {row_id}: no column 'prompt' (columns: {', '.join(sorted(row))})")
+        images = _images(row)
+        key = _picture_key(images)
+        text = self.render(row["prompt"], len(images), row_id)
+        if key is not None and key in self._cached and (text, key) in self._prepared:
+            ids, small = self._prepared[(text, key)]
+            return ids, VisualRecord(key, small)
+        inputs = self._process(text, images, row_id)
+        ids = inputs["input_ids"][0]
+        visual = {k: v for k, v in inputs.items() if k not in _TEXT_KEYS and isinstance(v, Tensor)}
+        if key is not None:
+            self._prepared[(text, key)] = ids, {k: v for k, v in visual.items() if not v.is_floating_point()}
+            if len(self._prepared) > _PREPARED_ROWS:
+                self._prepared.popitem(last=False)
+        return ids, VisualRecord(key, visual)
+
+    def _process(self, text: str, images: list[Any], row_id: str) -> Mapping[str, Tensor]:
+        bos = self.tokenizer.bos_token
+        options = {"return_tensors": "pt", "add_special_tokens": not (bos and text.startswith(bos))}
+        try:
+            if images:
+                return self.processor(text=[text], images=[images], **options)
+            return self.tokenizer([text], **options)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            raise ValueError(f"row {row_id}: the processor refused it ({len(images)} pictures): {error}") from error
+
+    def render(self, prompt: str | list[dict[str, Any]], pictures: int, row_id: str = "?") -> str:
+        """The text the model reads, with one placeholder per picture and the turn opened for the answer.
+
+        A plain prompt becomes one user message with its pictures before the text; a conversation without picture
+        parts gets them at the start of its first user message, as TRL does.
+
+        Raises:
+            ValueError: a conversation whose picture parts are not as many as the row's pictures.
+        """
+        if isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt}]
+        else:
+            messages = [dict(message) for message in prompt]
+        messages = [{**m, "content": self._parts(m["content"])} for m in messages]
+        placed = sum(part["type"] == "image" for m in messages for part in m["content"])
+        if placed == 0 and pictures:
+            first = next((m for m in messages if m["role"] == "user"), messages[0])
+            first["content"] = [{"type": "image"}] * pictures + first["content"]
+        elif placed != pictures:
+            raise ValueError(f"row {row_id}: the prompt has places for {placed} pictures, the row has {pictures}")
+        if getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None):
+            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        token = getattr(self.processor, "image_token", "<image>")
+        parts = [token if part["type"] == "image" else part["text"] for m in messages for part in m["content"]]
+        return "\n".join(parts) + "\n"
+
+    def _parts(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        return [
+            {"type": "text", "text": self.as_text(part["text"])} if part["type"] == "text" else {"type": "image"}
+            for part in parts
+        ]
+
+    def as_text(self, text: str) -> str:
+        """User text in which nothing reads as a special token: an invisible space goes into any such marker.
+
+        Without it ``<image>`` typed by a user would ask for a picture, and ``<|im_end|>`` would end the turn.
+        """
+        for marker in self._markers:
+            if marker in text:
+                text = text.replace(marker, marker[0] + _ZERO_WIDTH_SPACE + marker[1:])
+        return text
+
+    # ---------------------------------------------------------------- positions
+
+    def _positions(self, ids: Tensor, mask: Tensor, records: list[VisualRecord]) -> tuple[Tensor, Tensor]:
+        """Positions of the prompt tokens and of the first response token; see `PromptBatch`."""
+        if self.positions == "mrope":
+            grids = [r.tensors["image_grid_thw"] for r in records if "image_grid_thw" in r.tensors]
+            types = (ids == self.image_token_id).int() * mask
+            positions, _ = backbone(self.model).get_rope_index(
+                ids, types, image_grid_thw=torch.cat(grids) if grids else None, attention_mask=mask.long()
+            )
+            highest = positions.masked_fill(~mask, -1).amax(dim=(0, 2))
+            return positions, highest + 1
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        return positions, mask.sum(-1)
+
+    # ---------------------------------------------------------------- the vision tower
+
+    def encode(self, batch: PromptBatch, keep: bool) -> None:
+        """Fills in ``features`` of every record, each distinct picture once.
+
+        Args:
+            keep: the tower is frozen: take and leave features in the cache that lasts across steps.
+        """
+        waiting: dict[str, list[VisualRecord]] = {}
+        for number, record in enumerate(batch.visuals):
+            if not record.key or record.features is not None:
+                continue
+            cached = self._cached.get(record.key) if keep else None
+            if cached is not None:
+                self._cached.move_to_end(record.key)
+                record.features = cached
+            else:
+                waiting.setdefault(record.key or str(number), []).append(record)
+        by_shape: dict[tuple, list[list[VisualRecord]]] = {}
+        for same in waiting.values():
+            shape = tuple((k, tuple(v.shape), str(v.dtype)) for k, v in sorted(same[0].tensors.items()))
+            by_shape.setdefault(shape, []).append(same)
+        for alike in by_shape.values():
+            for same, features in zip(alike, self._tower([s[0] for s in alike]), strict=True):
+                self.encoded += 1
+                for record in same:
+                    record.features = features
+                if keep:
+                    self._remember(same[0].key, features)
+
+    def _tower(self, records: list[VisualRecord]) -> list[dict[str, list[Any]]]:
+        """Features of records whose tensors have equal shapes, in one call of the tower."""
+        device = next(self.model.parameters()).device
+        inputs = {k: torch.cat([r.tensors[k] for r in records]).to(device) for k in records[0].tensors}
+        output = backbone(self.model).get_image_features(**inputs, return_dict=True)
+        pooled = list(output.pooler_output)
+        each = len(pooled) // len(records)
+        if each * len(records) != len(pooled):
+            raise ValueError(f"the vision tower gave {len(pooled)} pictures for {len(records)} equal rows")
+        deep = getattr(output, "deepstack_features", None)
+        features = []
+        for i in range(len(records)):
+            own = slice(i * each, (i + 1) * each)
+            features.append({"pooler_output": pooled[own]})
+            if deep is not None:
+                features[-1]["deepstack_features"] = [list(layer)[own] for layer in deep]
+        return features
+
+    def _remember(self, key: str | None, features: dict[str, list[Any]]) -> None:
+        if key is None or not self.cache_bytes or key in self._cached:
+            return
+        # Cloned: a slice of the tower's output would keep the whole batch's output alive.
+        features = _map_tensors(features, torch.clone)
+        self._cached[key] = features
+        self._cached_bytes += _bytes(features)
+        while self._cached_bytes > self.cache_bytes and self._cached:
+            _, dropped = self._cached.popitem(last=False)
+            self._cached_bytes -= _bytes(dropped)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The model below the language-model head, under adapters or not (``LlavaModel``, ``Qwen3VLModel``, ...)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(inner, inner.base_model_prefix, inner)
+
+
+def joined_features(batch: PromptBatch) -> dict[str, Any] | None:
+    """The batch's features as the ``mm_encoder_outputs`` argument of transformers' models; None without pictures."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    records = [r.features for r in batch.visuals if r.features is not None]
+    if not records:
+        return None
+    output = BaseModelOutputWithPooling(pooler_output=[f for r in records for f in r["pooler_output"]])
+    if "deepstack_features" in records[0]:
+        layers = zip(*(r["deepstack_features"] for r in records), strict=True)
+        output["deepstack_features"] = [[f for row in layer for f in row] for layer in layers]
+    return {"image": output}
+
+
+def check_placeholders(batch: PromptBatch, image_token_id: int | None) -> None:
+    """Raises ValueError naming the first row whose placeholder tokens are not as many as its picture features."""
+    for i, record in enumerate(batch.visuals):
+        if record.features is None or image_token_id is None:
+            continue
+        places = int((batch.prompt_ids[i] == image_token_id).sum())
+        features = sum(f.shape[0] for f in record.features["pooler_output"])
+        if places != features:
+            raise ValueError(
+                f"row {batch.row_ids[i]}: {places} picture tokens in the prompt, {features} picture features; "
+                "the prompt was cut, or the processor does not belong to this model"
+            )
+
+
+def _images(row: Mapping[str, Any]) -> list[Any]:
+    images = row.get("images")
+    if images is None:
+        images = row.get("image")
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _picture_key(images: list[Any]) -> str | None:
+    """An identity of pictures by their pixels, so that one picture in many rows (VQA) is encoded once."""
+    if not images:
+        return None
+    digest = hashlib.sha1(usedforsecurity=False)
+    for image in images:
+        digest.update(f"{image.mode}{image.size}".encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def _image_token_id(model: nn.Module) -> int | None:
+    for key in ("image_token_id", "image_token_index"):
+        if getattr(model.config, key, None) is not None:
+            return getattr(model.config, key)
+    return None
+
+
+def _map_tensors(value: Any, function) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {k: _map_tensors(v, function) for k, v in value.items()}
+    return [_map_tensors(v, function) for v in value]
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_bytes(v) for v in (value.values() if isinstance(value, dict) else value))

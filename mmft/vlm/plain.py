@@ -1,0 +1,92 @@
+"""The plain path: one row per response, pictures and all, as any model of transformers takes it.
+
+For families that the packed layout has not been shown exact for, and the yardstick that it is tested against:
+positions, masks and the placing of picture features are left to the model's own code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from mmft.batch import PromptBatch, Responses, TokenOutputs
+from mmft.vlm.pictures import backbone
+
+
+def plain_predictors(policy, model: nn.Module, prompts: PromptBatch, responses: Responses) -> tuple[Tensor, Tensor]:
+    """The hidden states (M, H) that predict the M real response tokens, and those tokens (M,)."""
+    group = responses.ids.shape[0] // len(prompts)
+    prompt_length = prompts.prompt_mask.sum(-1).repeat_interleave(group)
+    width = int((prompt_length + responses.mask.sum(-1)).max())
+    ids = prompts.prompt_ids.new_zeros(len(responses.ids), width)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    p_width = prompts.prompt_ids.shape[1]
+    ids[:, :p_width] = (prompts.prompt_ids * prompts.prompt_mask).repeat_interleave(group, 0)
+    mask[:, :p_width] = prompts.prompt_mask.repeat_interleave(group, 0)
+    n, t = responses.mask.nonzero(as_tuple=True)
+    column = prompt_length[n] + t
+    ids[n, column] = responses.ids[n, t]
+    mask[n, column] = True
+    hidden = backbone(model)(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        **_visual_inputs(policy, prompts, ids, group),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden[n, column - 1], responses.ids[n, t]
+
+
+def plain_generate(
+    policy, prompts: PromptBatch, group: int, length: int, temperature: float, seed: int | None
+) -> tuple[Responses, TokenOutputs]:
+    """`model.generate` on N rows, prompts padded on the left, then a forward pass for log-probs and values."""
+    n_pad = prompts.prompt_ids.shape[1] - prompts.prompt_mask.sum(-1)
+    left = (torch.arange(prompts.prompt_ids.shape[1], device=policy.device)[None] - n_pad[:, None]).clamp_min(0)
+    mask = torch.arange(prompts.prompt_ids.shape[1], device=policy.device)[None] >= n_pad[:, None]
+    ids = (prompts.prompt_ids.gather(1, left) * mask).repeat_interleave(group, 0)
+    mask = mask.repeat_interleave(group, 0)
+    pad_id = policy.tokenizer.pad_token_id if policy.tokenizer.pad_token_id is not None else policy.end_ids[0]
+    ids = torch.where(mask, ids, pad_id)
+    sampling = {"do_sample": False} if temperature == 0 else {
+        "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0
+    }
+    was_training = policy.training
+    policy.eval()
+    with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
+        torch.manual_seed(seed or 0)
+        written = policy.model.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            **_visual_inputs(policy, prompts, ids, group),
+            **sampling,
+            max_new_tokens=length,
+            suppress_tokens=policy.banned.nonzero().flatten().tolist() or None,
+            pad_token_id=pad_id,
+            eos_token_id=policy.end_ids,
+        )[:, ids.shape[1] :]
+    is_end = torch.isin(written, torch.tensor(policy.end_ids, device=written.device))
+    response_mask = is_end.long().cumsum(-1) - is_end.long() == 0
+    responses = Responses(written * response_mask, response_mask, is_end.any(-1))
+    with torch.no_grad():
+        outputs = policy(prompts, responses, temperature or 1.0, entropy=True)
+    policy.train(was_training)
+    return responses, outputs
+
+
+def _visual_inputs(policy, prompts: PromptBatch, ids: Tensor, group: int) -> dict[str, Any]:
+    """The raw visual tensors of N rows: every row's pictures once per response."""
+    records = [r for r in prompts.visuals if r.tensors for _ in range(group)]
+    if not records:
+        return {}
+    inputs = {}
+    for key in records[0].tensors:
+        tensors = [r.tensors[key] for r in records]
+        shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+        padded = [pad(t, [x for have, want in zip(t.shape[:0:-1], shape[::-1], strict=True) for x in (0, want - have)]) for t in tensors]
+        inputs[key] = torch.cat(padded).to(policy.device)
+    if policy.family.positions == "mrope":
+        inputs["mm_token_type_ids"] = (ids == policy.pictures.image_token_id).int()
+    return inputs

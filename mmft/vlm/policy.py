@@ -1,0 +1,218 @@
+"""The policy: ONE trainable module that holds the vision-language model, its adapters and the value head.
+
+One module, because Accelerate under DeepSpeed prepares one; `forward` is its only way in, so that DDP and ZeRO see
+every use. The reference policy is the same weights with the adapters switched off.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmft.batch import PromptBatch, Responses, TokenOutputs
+from mmft.vlm.families import Family, end_tokens, family_of, never_sampled
+from mmft.vlm.pictures import Pictures, backbone, joined_features
+from mmft.vlm.prefix import block_mask, pack
+
+# Log-probabilities are taken from this many bytes of logits at a time (fp32), and recomputed in the backward pass
+# when there are more: (tokens, vocabulary) is the largest array of the update.
+_LOGITS_BYTES = 48 << 20
+
+
+class ValueHead(nn.Linear):
+    """The critic: one linear map of the last hidden state, (..., H) -> (...,), in fp32, starting at zero.
+
+    Zero, so that the first advantages are the rewards themselves and not the noise of a random critic.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
+
+
+class Policy(nn.Module):
+    """Policy, critic and reference of one vision-language model.
+
+    Args:
+        model: any image-text-to-text model of transformers, or a `PeftModel` around one.
+        processor: its processor.
+        critic: "head" for a value head on the last hidden states, "none" for no critic.
+        reference: a second model for the reference when the policy has no adapters to switch off; else None.
+        shared_prefix: None lets the family decide; False forces the plain path.
+        cache_bytes: budget for picture features kept across steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor,
+        critic: str = "head",
+        reference: nn.Module | None = None,
+        shared_prefix: bool | None = None,
+        cache_bytes: int = 1 << 30,
+    ):
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.family: Family = family_of(model)
+        self.shared_prefix = self.family.shared_prefix if shared_prefix is None else shared_prefix
+        text_config = model.config.get_text_config()
+        self.value_head = ValueHead(text_config.hidden_size) if critic == "head" else None
+        # In a list: the reference is not the policy's to train, save or move between ranks.
+        self._reference = [reference] if reference is not None else []
+        # The plain path takes raw pixels for every response, so it remembers no features.
+        cache_bytes = cache_bytes if self.shared_prefix else 0
+        self.pictures = Pictures(model, processor, self.family.positions, cache_bytes)
+        self.end_ids = end_tokens(model, self.tokenizer)
+        banned = torch.zeros(self.head.weight.shape[0], dtype=torch.bool)
+        banned[never_sampled(model, self.tokenizer)] = True
+        self.register_buffer("banned", banned, persistent=False)
+
+    @property
+    def head(self) -> nn.Module:
+        """The language-model head, hidden state -> logits."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.banned.device
+
+    @property
+    def tower_frozen(self) -> bool:
+        """No gradient reaches the pictures' features, so they may be kept across steps and need no graph."""
+        towers = ("vision", "visual", "projector", "connector", "merger", "tower")
+        return not any(p.requires_grad and any(t in n for t in towers) for n, p in self.model.named_parameters())
+
+    def forward(
+        self,
+        prompts: PromptBatch,
+        responses: Responses,
+        temperature: float = 1.0,
+        reference: bool = False,
+        entropy: bool = False,
+    ) -> TokenOutputs:
+        """Log-probs, values and (when asked) entropy of response tokens, each (N, T), zero outside the mask.
+
+        Args:
+            prompts: B prompts.
+            responses: their N = B*G responses, groups standing together.
+            temperature: the sampling temperature; log-probs are those of the distribution sampled from.
+            reference: of the reference policy; no values, no entropy, no gradient.
+        """
+        if reference:
+            with torch.no_grad(), self.as_reference() as model:
+                hidden, targets = self._predictors(model, prompts, responses)
+                logprobs, _ = self.token_logprobs(hidden, targets, temperature)
+            return TokenOutputs(_unpack(logprobs, responses.mask))
+        hidden, targets = self._predictors(self.model, prompts, responses)
+        logprobs, entropies = self.token_logprobs(hidden, targets, temperature, entropy)
+        values = self.value_head(hidden) if self.value_head is not None else None
+        return TokenOutputs(
+            _unpack(logprobs, responses.mask),
+            None if values is None else _unpack(values, responses.mask),
+            None if entropies is None else _unpack(entropies, responses.mask),
+        )
+
+    def as_reference(self):
+        """A context whose value is the reference model: adapters off, or the second copy."""
+        if self._reference:
+            return nullcontext(self._reference[0])
+        if not hasattr(self.model, "disable_adapter"):
+            raise ValueError("no reference policy: the model has no adapters to switch off and no second copy")
+        return _AdaptersOff(self.model)
+
+    def features(self, prompts: PromptBatch) -> dict[str, Any] | None:
+        """The batch's pictures, encoded (once: records remember)."""
+        if self.tower_frozen:
+            with torch.no_grad():
+                self.pictures.encode(prompts, keep=True)
+        else:
+            for record in prompts.visuals:
+                record.features = None  # of an older tower, or of a graph already freed
+            self.pictures.encode(prompts, keep=False)
+        return joined_features(prompts)
+
+    def _predictors(self, model: nn.Module, prompts: PromptBatch, responses: Responses) -> tuple[Tensor, Tensor]:
+        """The hidden states (M, H) from which the M real response tokens are predicted, and those tokens (M,)."""
+        if not self.shared_prefix:
+            from mmft.vlm.plain import plain_predictors
+
+            return plain_predictors(self, model, prompts, responses)
+        packed = pack(prompts, responses)
+        hidden = backbone(model)(
+            input_ids=packed.ids,
+            attention_mask=block_mask(packed, model.dtype),
+            position_ids=packed.positions,
+            mm_encoder_outputs=self.features(prompts),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden.flatten(0, 1)[packed.predictor], packed.targets
+
+    def token_logprobs(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each target (M,) from its hidden state (M, H), and the entropy (M,) when asked.
+
+        The logits of all M tokens never stand in memory together: they are made, used and (under autograd)
+        remade chunk by chunk.
+        """
+        chunk = max(1, _LOGITS_BYTES // (4 * self.banned.shape[0]))
+        several = hidden.shape[0] > chunk
+        logprobs, entropies = [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            if several and torch.is_grad_enabled():
+                lp, ent = checkpoint(self._score, h, y, temperature, entropy, use_reentrant=False)
+            else:
+                lp, ent = self._score(h, y, temperature, entropy)
+            logprobs.append(lp)
+            entropies.append(ent)
+        return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+
+    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """(M, H) -> (M, V) fp32 logits of the distribution that is sampled from: tempered, placeholders at -inf."""
+        logits = self.head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if temperature != 1.0:
+            logits = logits / temperature
+        return logits.masked_fill(self.banned, float("-inf"))
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        logits = self.logits(hidden, temperature)
+        normaliser = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+        if not entropy:
+            return logprobs, None
+        probabilities = (logits - normaliser[:, None]).exp()
+        return logprobs, normaliser - (probabilities * logits.masked_fill(self.banned, 0.0)).sum(-1)
+
+
+class _AdaptersOff:
+    """`PeftModel.disable_adapter` that yields the model. Evaluation mode meanwhile: a reference has no dropout."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.context = model.disable_adapter()
+
+    def __enter__(self) -> nn.Module:
+        self.training = self.model.training
+        self.context.__enter__()
+        self.model.eval()
+        return self.model
+
+    def __exit__(self, *error) -> None:
+        self.model.train(self.training)
+        self.context.__exit__(*error)
+
+
+def _unpack(flat: Tensor, mask: Tensor) -> Tensor:
+    """(M,) values of the real tokens -> (N, T), zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

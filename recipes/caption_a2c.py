@@ -1,0 +1,21 @@
+"""Teaches a vision-language model to caption better, by reinforcement learning with A2C: one pass, no clip.
+
+    accelerate launch recipes/caption_a2c.py [recipe.yaml] [key.sub=value ...] [--resume [PATH]]
+
+Without arguments: the bundled model on the built-in world, with caption_a2c.yaml beside this file. The run folder
+(`output.dir`) then holds the adapter, the value head, the metrics of every step and a report.
+"""
+
+from mmft.recipe import recipe_main
+
+
+def main() -> None:
+    recipe, resume = recipe_main(__doc__)  # a wrong recipe ends here, before anything heavy is imported
+
+    from mmft.training.run import run
+
+    run(recipe, resume)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Supervised fine-tuning on captions with TRL's SFTTrainer: the warm start alone, and its held-out scores.
+
+    accelerate launch recipes/caption_sft.py [recipe.yaml] [key.sub=value ...]
+
+The trained model (not an adapter) is saved in `output.dir`/warm_start; name that folder as `model.name` to go on from
+it with caption_ppo.py.
+"""
+
+from mmft.recipe import recipe_main
+
+
+def main() -> None:
+    recipe, _ = recipe_main(__doc__)  # a wrong recipe ends here, before anything heavy is imported
+
+    from mmft.training.run import run_supervised
+
+    run_supervised(recipe)
+
+
+if __name__ == "__main__":
+    main()

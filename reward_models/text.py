@@ -1,0 +1,138 @@
+"""From the text of a completion to a list of tokens, the same way everywhere.
+
+Two tokenisers, by name:
+
+``simple``      lower case (after Unicode NFC), then
+                - letters, marks, digits stay; a hyphen inside a word stays (``t-shirt``);
+                - an apostrophe inside a word starts a new token (``dog's`` -> ``dog 's``, as the Penn Treebank does);
+                - all other ASCII punctuation and symbols, Unicode punctuation and control characters become a space;
+                - other symbols (emoji, currency) become tokens of their own;
+                - invisible format characters (zero-width joiner, variation selectors, soft hyphen) vanish.
+``whitespace``  nothing but ``str.split()``: for text that is tokenised already, so that two scorers can be
+                compared on the same tokens.
+
+The end token `EOS` holds a space, which no token of either tokeniser can, so text never collides with it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+EOS = " <eos>"
+
+_STRING, _LISTS = {str}, {list, tuple}
+_APOSTROPHES = "'\u2019\u02bc"
+_HYPHENS = "-\u2010\u2011"
+_INNER_APOSTROPHE = re.compile(r"(?<=[^\W_])'(?=[^\W_])")
+_STRAY_HYPHEN = re.compile(r"(?<!\S)-+|-+(?!\S)|--+")
+
+
+class _Characters(dict[int, str]):
+    """Translation table for `str.translate`, filled as characters turn up (from their Unicode category)."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        category = unicodedata.category(char)
+        if char in _APOSTROPHES:
+            out = "'"
+        elif char in _HYPHENS:
+            out = "-"
+        elif category == "Cf" or 0xFE00 <= code <= 0xFE0F:
+            out = ""
+        elif category[0] in "LMN":
+            out = char
+        elif category[0] == "S" and code > 127:
+            out = f" {char} "
+        else:
+            out = " "
+        self[code] = out
+        return out
+
+
+_CHARACTERS = _Characters()
+
+
+def simple(text: str) -> list[str]:
+    """Tokens of free text; see the module docstring for the rules."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    text = text.lower().translate(_CHARACTERS)
+    if "'" in text:
+        text = _INNER_APOSTROPHE.sub(" \0", text).replace("'", " ").replace("\0", "'")
+    if "-" in text:
+        text = _STRAY_HYPHEN.sub(" ", text)
+    return text.split()
+
+
+TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"simple": simple, "whitespace": str.split}
+
+
+def tokenizer_named(name: str) -> Callable[[str], list[str]]:
+    """The tokeniser of that name; ValueError listing the names otherwise."""
+    if name not in TOKENIZERS:
+        raise ValueError(f"unknown tokenizer {name!r}: expected one of {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]
+
+
+def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """The plain text of a TRL completion: a string, or chat messages whose last one is read.
+
+    The content of a message is a string or a list of parts; parts of type "text" are joined.
+    Raises TypeError for anything else.
+    """
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, Sequence) and completion and isinstance(completion[-1], Mapping):
+        content = completion[-1].get("content")
+        if isinstance(content, str):
+            return content
+        if isinstance(content, Sequence):
+            return "".join(part["text"] for part in content if part.get("type") == "text")
+    raise TypeError(f"a completion is a string or a list of chat messages, got {type(completion).__name__}")
+
+
+def check_rows(
+    name: str,
+    candidates: Sequence[Any],
+    references: Sequence[Any] | None,
+    ended: Sequence[Any] | None = None,
+    ids: Sequence[Any] | None = None,
+) -> tuple[list[str], list[tuple[str, ...]], list[bool]]:
+    """Validate one batch: N candidate texts, N non-empty lists of reference strings, N flags (None: all ended).
+
+    `ids` (N) only name rows in errors. Returns the texts, the references as tuples (hashable) and the flags.
+    Raises ValueError naming the reward and the row.
+    """
+    if references is None:
+        raise ValueError(f"{name}: no references given; the dataset needs a column 'references' (list of strings)")
+    for what, column in (("references", references), ("ended", ended)):
+        if column is not None and len(column) != len(candidates):
+            raise ValueError(f"{name}: {len(candidates)} completions but {len(column)} {what}; one per row is needed")
+
+    flags = [True] * len(candidates) if ended is None else list(map(bool, ended))
+    tuples: list[tuple[str, ...]]
+    if _STRING >= set(map(type, candidates)) and _LISTS >= set(map(type, references)):  # the usual case, fast
+        tuples = list(map(tuple, references))
+        if all(tuples) and _STRING >= set(map(type, chain.from_iterable(tuples))):
+            return list(candidates), tuples, flags
+
+    texts, tuples = [], []
+    for i, (candidate, refs) in enumerate(zip(candidates, references, strict=True)):
+        where = f"{name}: row {i}" if ids is None or i >= len(ids) else f"{name}: row {i} (id {ids[i]!r})"
+        try:
+            texts.append(completion_text(candidate))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        if isinstance(refs, str) or not isinstance(refs, Sequence):
+            raise ValueError(f"{where}: references must be a list of strings, got {type(refs).__name__}")
+        if not len(refs):
+            raise ValueError(f"{where} has no references; give at least one or leave the row out")
+        for ref in refs:
+            if not isinstance(ref, str):
+                raise ValueError(f"{where}: a reference is {type(ref).__name__}, expected a string")
+        tuples.append(tuple(refs))
+    return texts, tuples, flags

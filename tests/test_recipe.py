@@ -1,0 +1,381 @@
+"""Recipes: every mistake is found, at its line, with the nearest right key, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmft.recipe import Algorithm, Recipe, RecipeError, load_recipe, recipe_main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text: str | bytes) -> Path:
+        path = tmp_path / "r.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return _write
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, list(overrides))
+    return [line.replace(str(path), "r.yaml") for line in caught.value.problems]
+
+
+# Each case: the file, then what the one problem must begin with and hold.
+CASES = {
+    "typo in a section": (
+        "rewads:\n- {name: bleu}\n",
+        "r.yaml:1: rewads: got an unknown key",
+        "mean rewards?",
+    ),
+    "typo in a key": (
+        "seed: 1\ntrain:\n  step: 3\n",
+        "r.yaml:3: train.step: got an unknown",
+        "mean train.steps?",
+    ),
+    "typo three deep": (
+        "model:\n  lora:\n    alhpa: 3\n",
+        "r.yaml:3: model.lora.alhpa:",
+        "mean model.lora.alpha?",
+    ),
+    "typo in flow style": (
+        "model: {tune: lora,\n  critc: none}\n",
+        "r.yaml:2: model.critc:",
+        "mean model.critic?",
+    ),
+    "right key, wrong section": (
+        "train:\n  steps: 2\n  num_generations: 4\n",
+        "r.yaml:3: train.num_generations:",
+        "mean rollout.num_generations?",
+    ),
+    "other libraries' spelling": (
+        "algorithm:\n  clip_range: 0.1\n",
+        "r.yaml:2: ",
+        "mean algorithm.cliprange?",
+    ),
+    "key in an item of a list": (
+        "rewards:\n- name: bleu\n  wieght: 1\n",
+        "r.yaml:3: rewards.0.wieght:",
+        "0.weight?",
+    ),
+    "name of a reward": (
+        "rewards:\n- name: bleu\n- name: cidre_d\n",
+        "r.yaml:3: rewards.1.name:",
+        "mean cider_d?",
+    ),
+    "reward without a name": (
+        "rewards:\n- name: bleu\n- weight: 1\n",
+        "r.yaml:3: rewards.1.name: missing",
+        "cider_d",
+    ),
+    "choice": (
+        "model:\n  tune: lorra\n",
+        'r.yaml:2: model.tune: got "lorra", expected lora, full',
+        "mean lora?",
+    ),
+    "Python's None": ("model:\n  critic: None\n", 'r.yaml:2: model.critic: got "None"', "mean none?"),
+    "text for a number": (
+        "train:\n  steps: many\n",
+        'r.yaml:2: train.steps: got "many"',
+        "a whole number >= 1",
+    ),
+    "quoted number": (
+        'train:\n  learning_rate: "1e-5"\n',
+        "r.yaml:2: train.learning_rate:",
+        "1e-5 without quotes?",
+    ),
+    "fraction for a whole": ("train:\n  steps: 2.5\n", "r.yaml:2: train.steps: got 2.5", "a whole number"),
+    "true for a number": ("seed: true\n", "r.yaml:1: seed: got true", "a whole number >= 0"),
+    "no for false": (
+        "algorithm:\n  whiten_rewards: no\n",
+        'r.yaml:2: algorithm.whiten_rewards: got "no"',
+        "false?",
+    ),
+    "not a number": (
+        "algorithm: {kl_coef: .nan}\n",
+        "r.yaml:1: algorithm.kl_coef: got nan",
+        "a finite number",
+    ),
+    "infinite": (
+        "train:\n  learning_rate: .inf\n",
+        "r.yaml:2: train.learning_rate: got inf",
+        "a finite number > 0",
+    ),
+    "below the range": ("rollout:\n  temperature: 0\n", "r.yaml:2: rollout.temperature: got 0", "number > 0"),
+    "above the range": ("algorithm:\n  gamma: 1.01\n", "r.yaml:2: algorithm.gamma: got 1.01", "> 0 and <= 1"),
+    "value for a section": (
+        "seed: 0\nmodel: scenes-vlm\n",
+        'r.yaml:2: model: got "scenes-vlm"',
+        "keys (name,",
+    ),
+    "null for a section": ("model:\n", "r.yaml:1: model: got null", "a section with keys (name,"),
+    "section for a list": ("rewards: {name: bleu}\n", "r.yaml:1: rewards: got a section with keys", "a list"),
+    "empty list": ("seed: 1\nrewards: []\n", "r.yaml:2: rewards: got a list of 0", "one or more items"),
+    "empty text": ("data: {name: ''}\n", 'r.yaml:1: data.name: got ""', "text that is not empty"),
+    "not yet": ("output:\n  push_to_hub: me/model\n", "r.yaml:2: output.push_to_hub:", "not available yet"),
+    "given twice": (
+        "seed: 1\nmodel:\n  tune: lora\nseed: 2\n",
+        "r.yaml:4: seed: given twice (first on line 1)",
+        "",
+    ),
+    "given twice, deeper": (
+        "train:\n  steps: 1\n  steps: 2\n",
+        "r.yaml:3: train.steps: given twice",
+        "line 2",
+    ),
+    "tag": (
+        "seed: !!python/object/apply:os.getpid []\n",
+        "r.yaml:1: seed: got the tag",
+        "expected a plain list",
+    ),
+    "tag on a value": (
+        "model:\n  name: !env HOME\n",
+        "r.yaml:2: model.name: got the tag !env",
+        "without a tag",
+    ),
+    "false tag": ("seed: !!int abc\n", "r.yaml:1: seed: got 'abc' tagged", "expected a plain value"),
+    "merge key": ("seed: 1\n<<: {seed: 2}\n", "r.yaml:2: got the key <<", "plain words"),
+    "not YAML": ("seed: 1\nmodel: {name: x\ndata: 3\n", "r.yaml:", "not valid YAML"),
+    "two documents": ("seed: 1\n---\nseed: 2\n", "r.yaml:2: not valid YAML", "another document"),
+    "empty": ("", "r.yaml:1: the file is empty", "expected keys"),
+    "only comments": ("# nothing\n", "r.yaml:1: the file is empty", ""),
+    "list at the top": ("- seed\n", "r.yaml:1: got a list at the top", "expected keys"),
+    "not UTF-8": (b"seed: 1\nmodel: {name: caf\xe9}\n", "r.yaml:2: byte 0xe9 is not UTF-8", "saved as UTF-8"),
+    "control character": ("seed: 1\nmodel: {name: a\x00b}\n", "r.yaml:2: not valid YAML", "not allowed"),
+    "ten megabytes": ("# " + "x" * 10_000_000 + "\n", "r.yaml: longer than 256 KiB", "short"),
+    "deep": ("seed: " + "[" * 5000, "r.yaml:1:", ""),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_one_mistake_is_named_with_its_line(write, case):
+    text, start, part = case
+    found = problems(write(text))
+    assert len(found) == 1, found
+    assert found[0].startswith(start) and part in found[0], found[0]
+
+
+IMPOSSIBLE = {
+    "leave-one-out of one": (
+        "model:\n  critic: none\nrollout:\n  num_generations: 1\n",
+        "r.yaml:4: rollout.num_generations: got 1, expected 2 or more",
+    ),
+    "ragged minibatches": (
+        "rollout:\n  prompts_per_step: 10\nalgorithm:\n  num_mini_batches: 4\n",
+        "r.yaml:4: algorithm.num_mini_batches: got 4, expected a divisor",
+    ),
+    "default is to blame": (
+        "seed: 0\nrollout:\n  prompts_per_step: 10\nalgorithm: {kl_target: 3, kl_coef: 0}\n",
+        "r.yaml:4: algorithm.kl_target: got 3",
+    ),
+    "a2c twice": (
+        "algorithm:\n  name: a2c\n  num_ppo_epochs: 2\n",
+        "r.yaml:3: algorithm.num_ppo_epochs: got 2",
+    ),
+    "no reward": (
+        "seed: 1\nrewards:\n- {name: bleu, weight: 0}\n",
+        "r.yaml:2: rewards: got weight 0 everywhere",
+    ),
+    "reward twice": (
+        "rewards:\n- name: bleu\n- name: bleu\n",
+        'r.yaml:3: rewards.1.name: got "bleu" a second time',
+    ),
+    "quantized and full": ("model:\n  quantize: nf4\n  tune: full\n", "r.yaml:2: model.quantize: got nf4"),
+    "long warm-up": ("train:\n  steps: 5\n  warmup_steps: 6\n", "r.yaml:3: train.warmup_steps: got 6"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_impossible_combinations_are_named_with_their_line(write, case):
+    found = problems(write(case[0]))
+    assert len(found) == 1 and found[0].startswith(case[1]), found
+
+
+def test_all_mistakes_come_at_once_in_file_order(write):
+    text = "seed: x\nmodel: {critic: none}\nrollout: {num_generations: 1}\ntrain:\n  step: 1\n  steps: 1\n  steps: 2\n"
+    found = problems(write(text), "eval.rows=0")
+    places = [line.split(": ")[0] for line in found]
+    assert places == ["command line", "r.yaml:1", "r.yaml:3", "r.yaml:5", "r.yaml:7"]
+
+
+def test_a_wrong_value_does_not_raise_a_false_combination(write):
+    # num_generations falls back to its default while checking; only its own mistake may be reported.
+    found = problems(write("model: {critic: none}\nrollout: {num_generations: one}\n"))
+    assert len(found) == 1 and 'got "one"' in found[0]
+
+
+def test_alias_bomb_is_refused_quickly(write):
+    lines = ["a0: &a0 [1,1,1,1,1,1,1,1,1]"]
+    lines += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    assert any("too many values" in line for line in problems(write("\n".join(lines))))
+
+
+def test_an_alias_of_itself_is_refused(write):
+    assert any("too many values" in line for line in problems(write("model: &m\n  lora: *m\n")))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("5.0e-4", 5e-4), ("1E-5", 1e-5), ("1", 1.0), (".5", 0.5), ("1_0", 10.0), ("010", 10.0)],
+)
+def test_numbers_are_numbers(write, text, value):
+    assert load_recipe(write(f"train: {{learning_rate: {text}}}")).train.learning_rate == value
+
+
+def test_numbers_of_yaml_1_1_too(write):
+    # Under 1.1 rules 1e-5 is text: it must not become a complaint about a good number.
+    assert load_recipe(write("%YAML 1.1\n---\ntrain:\n  learning_rate: 1e-5\n")).train.learning_rate == 1e-5
+
+
+def test_none_and_null_are_told_apart(write):
+    recipe = load_recipe(write("model: {critic: none, quantize: null}\nwarm_start:\n"))
+    assert recipe.model.critic == "none" and recipe.model.quantize is None and recipe.warm_start is None
+
+
+def test_overrides(write):
+    path = write("train: {steps: 5}\nwarm_start: null\nrewards:\n- name: bleu\n")
+    recipe = load_recipe(
+        path,
+        [
+            "train.steps=7",
+            "train.steps=9",
+            "warm_start.epochs=2",
+            "rewards.0.weight=0.5",
+            "data.prompt=Say a=b",
+        ],
+    )
+    assert recipe.train.steps == 9 and recipe.warm_start.epochs == 2.0 and recipe.rewards[0].weight == 0.5
+    assert recipe.data.prompt == "Say a=b"
+    assert load_recipe(path, ["data.train_rows="]).data.train_rows is None
+    assert load_recipe(path, ["model.lora={r: 4}"]).model.lora.r == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("train.step=3", "train.step: got an unknown key"),
+        ("train.steps=x", 'train.steps: got "x"'),
+        ("train.steps", "expected key.sub=value"),
+        ("=3", "expected key.sub=value"),
+        ("train..steps=3", "expected key.sub=value"),
+        ("seed.x=3", "seed is 1, expected a section"),
+        ("rewards.5.weight=1", "got item 5, but rewards has 0"),
+        ("train.steps=[1", "not valid YAML"),
+        ("train.steps=!x 1", "got the tag !x"),
+        ("algorithm.num_mini_batches=5", "expected a divisor of rollout.prompts_per_step (32)"),
+    ],
+)
+def test_wrong_overrides_name_the_command_line(write, override, part):
+    found = problems(write("seed: 1\n"), override)
+    assert len(found) == 1 and found[0].startswith("command line: ") and part in found[0], found
+
+
+def test_an_override_mends_the_file(write):
+    assert load_recipe(write("train: {steps: x}\n"), ["train.steps=3"]).train.steps == 3
+
+
+def test_a_combination_broken_by_an_override_points_there(write):
+    found = problems(write("algorithm: {num_mini_batches: 4}\n"), "rollout.prompts_per_step=6")
+    assert found[0].startswith("command line: algorithm.num_mini_batches: got 4")
+
+
+def test_missing_file(tmp_path):
+    assert problems(tmp_path / "none.yaml") == ["r.yaml: cannot be read: No such file or directory"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_loads_and_comments_every_key(path, tmp_path):
+    recipe = load_recipe(path)
+    recipe.dump(tmp_path / "copy.yaml")
+    assert load_recipe(tmp_path / "copy.yaml") == recipe
+    for line in path.read_text().splitlines():
+        key = line.split("#")[0].rstrip()
+        assert not key or key.endswith(":") or "#" in line, f"{path.name}: no comment beside {line!r}"
+
+
+@pytest.mark.parametrize("name", ["caption_ppo", "caption_a2c", "caption_photos"])
+def test_shipped_recipes_show_every_key(name):
+    from ruamel.yaml import YAML
+
+    def keys(data, before=""):
+        for key, value in data.items():
+            yield before + key
+            if isinstance(value, dict) and key != "options":
+                yield from keys(value, f"{before}{key}.")
+
+    shown = set(keys(YAML(typ="safe").load(ROOT / "recipes" / f"{name}.yaml")))
+    assert shown == set(keys(load_recipe(ROOT / "recipes" / f"{name}.yaml").model_dump()))
+
+
+def test_dump_keeps_small_numbers(tmp_path):
+    recipe = Recipe.model_validate(
+        {"train": {"learning_rate": 1.5e-7}, "data": {"prompt": "no: 1e-5 # really"}}
+    )
+    recipe.dump(tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+
+
+def test_a2c_takes_one_epoch_by_default():
+    assert Algorithm(name="a2c").num_ppo_epochs == 1 and Algorithm().num_ppo_epochs == 2
+
+
+def test_recipes_are_frozen_and_checked_when_built_in_python():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().seed = 3
+    with pytest.raises(ValueError, match="num_mini_batches: got 5"):
+        Recipe.model_validate({"algorithm": {"num_mini_batches": 5}})
+
+
+def test_a_card_beside_the_recipe_is_found(write, tmp_path):
+    (tmp_path / "card.yaml").write_text("name: x\n")
+    assert load_recipe(write("data: {name: card.yaml}")).data.name == str(tmp_path / "card.yaml")
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+def test_command_line(write, tmp_path):
+    path = str(write("seed: 3\n"))
+    recipe, resume = recipe_main("test", [path, "train.steps=2"])
+    assert (recipe.seed, recipe.train.steps, resume) == (3, 2, None)
+    assert recipe_main("test", [path, "--resume"])[1] == "latest"
+    assert recipe_main("test", [path, "--resume", str(tmp_path)])[1] == str(tmp_path)
+    recipe, resume = recipe_main("test", ["--resume", "train.steps=2", path])  # an override is no checkpoint
+    assert (recipe.seed, recipe.train.steps, resume) == (3, 2, "latest")
+
+
+@pytest.mark.parametrize("words", [["a.yaml", "b.yaml"], ["--resume", "nowhere"], ["--steps", "3"]])
+def test_wrong_command_lines_end_with_code_2(words):
+    with pytest.raises(SystemExit) as caught:
+        recipe_main("test", words)
+    assert caught.value.code == 2
+
+
+def test_a_wrong_recipe_ends_with_code_2_before_anything_heavy(tmp_path):
+    # The script's default recipe is the YAML beside it; torch must not have been imported by then.
+    (tmp_path / "job.yaml").write_text("train:\n  step: 1\nsed: 2\n")
+    (tmp_path / "job.py").write_text(
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('HEAVY' if {'torch', 'transformers'} & set(sys.modules) else 'LIGHT'))\n"
+        "from mmft.recipe import recipe_main\n"
+        "recipe_main('a job')\n"
+        "print('STARTED')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "job.py")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )
+    assert done.returncode == 2 and done.stdout.strip() == "LIGHT"
+    assert "job.yaml:2: train.step:" in done.stderr and "job.yaml:3: sed:" in done.stderr
+    assert "Traceback" not in done.stderr
