@@ -11,9 +11,9 @@ spread over its t occurrences that is w^2 c min(t, c)/t each, so no n-gram of th
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import repeat
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from reward_models.ngrams import (
     SHIFT,
     DocumentFrequencies,
     Growing,
+    Tokens,
     Trie,
     grow,
     lay_out,
@@ -30,16 +31,6 @@ from reward_models.ngrams import (
 from reward_models.text import EOS, check_rows
 
 _VERSION = 1
-
-
-class _References(NamedTuple):
-    """Where the vectorised references of one picture are: the root of their n-grams, and their lengths.
-
-    lengths (R,): in bigrams, as the reference implementation measures length.
-    """
-
-    root: int
-    lengths: np.ndarray
 
 
 class _Pool:
@@ -52,8 +43,13 @@ class _Pool:
         self.column = Growing(np.int64)  # per posting: which of the picture's references
         self.count = Growing(np.int64)  # how often the n-gram occurs there
         self.weight = Growing(np.float64)  # count * idf^2 / norm of the reference at this order
+        self.root = Growing(np.int64)  # per picture: its root node
+        self.size = Growing(np.int64)  # its number of references
+        self.start = Growing(np.int64)  # number of its first reference
+        self.used = Growing(np.int64)  # when it was last asked for
+        self.length = Growing(np.int64)  # per reference: in bigrams, as the reference implementation measures length
 
-    def append(self, keys: np.ndarray, per_node: np.ndarray) -> None:
+    def append_nodes(self, keys: np.ndarray, per_node: np.ndarray) -> None:
         """New nodes with that many postings each; the postings themselves are appended by the caller."""
         self.trie.append(keys)
         self.first.append(np.cumsum(per_node) + self.first.data[self.first.size - 1])
@@ -81,13 +77,14 @@ class CiderD:
         if cache_size < 1:
             raise ValueError(f"cider_d: cache_size must be at least 1, got {cache_size!r}")
         self.df, self.eos, self.sigma, self.n = df, bool(eos), float(sigma), int(n)
-        self._cache: OrderedDict[tuple[str, ...], _References] = OrderedDict()
+        self._cache: dict[tuple[str, ...], int] = {}  # number of the picture in the pool
         self._cache_size = cache_size
         self._reset()
 
     def _reset(self) -> None:
         self._cache.clear()
         self._pool = _Pool()
+        self._clock = 0
         self._words = dict(self.df.ids)  # + words that only references of the cache have
 
     @property
@@ -106,7 +103,7 @@ class CiderD:
         ended: Sequence[bool] | None = None,
         **columns: Any,
     ) -> list[float]:
-        rows = check_rows("cider_d", completions, references, ended, columns.get("id"))
+        rows = check_rows("cider_d", completions, references, ended, columns.get("id"), self._cache)
         return self._score(*rows).tolist()
 
     def score(
@@ -120,7 +117,7 @@ class CiderD:
         ended (N,): did the candidate finish by itself (None: all did); only used with eos. Raises ValueError naming
         the row for empty references or wrong types.
         """
-        return self._score(*check_rows("cider_d", candidates, references, ended))
+        return self._score(*check_rows("cider_d", candidates, references, ended, known=self._cache))
 
     def _score(
         self, texts: list[str], references: list[tuple[str, ...]], ended: list[bool]
@@ -131,7 +128,7 @@ class CiderD:
         lists = [tokenize(text) for text in texts]
         if self.eos:
             lists = [[*words, EOS] if words and end else words for words, end in zip(lists, ended, strict=True)]
-        sets = self._vectorised(references)
+        pool, picture = self._pool, self._pictures(references)
         tokens = lay_out(lists, self._words, {})
         times = multiplicities(tokens, self.n)
 
@@ -139,21 +136,23 @@ class CiderD:
         squares = self.df.idf(tokens, self.n)
         squares *= squares
         squares *= times
-        squares[tokens.left <= np.arange(self.n)[:, None]] = 0.0
-        cell = tokens.rows + len(texts) * np.arange(self.n)[:, None]
-        own = np.sqrt(np.bincount(cell.ravel(), squares.ravel(), self.n * len(texts))).reshape(self.n, -1)
-        scale = np.divide(1.0, own, out=np.zeros_like(own), where=own > 0)
+        scale = np.empty((self.n, len(texts)))
+        for n in range(self.n):
+            squares[n] *= tokens.left > n
+            scale[n] = np.bincount(tokens.rows, squares[n], len(texts))
+        np.sqrt(scale, out=scale)
+        np.divide(1.0, scale, out=scale, where=scale > 0)
 
         # cosines summed over the orders, for all pairs (row, reference) laid end to end
-        sizes = np.array([len(refs) for refs in references])
+        sizes = pool.size.data[picture]
         begin = np.cumsum(sizes) - sizes
-        roots = np.array([s.root for s in sets])
-        pair, cosine = self._products(tokens, times, scale, roots, begin)
+        pair, cosine = self._products(tokens, times, scale, pool.root.data[picture], begin)
         cosines = np.bincount(pair, cosine, int(sizes.sum()))
-        delta = np.repeat(np.maximum(tokens.lengths - 1, 0), sizes) - np.concatenate([s.lengths for s in sets])
+        lengths = pool.length.data[np.repeat(pool.start.data[picture] - begin, sizes) + np.arange(len(cosines))]
+        delta = np.repeat(np.maximum(tokens.lengths - 1, 0), sizes) - lengths
         cosines *= np.exp(delta * delta / (-2 * self.sigma**2))
         if len(self._cache) > self._cache_size:
-            self._forget()
+            self._forget()  # words that only they had go, too
         return 10.0 * np.add.reduceat(cosines, begin) / (self.n * sizes)
 
     def _products(
@@ -164,39 +163,48 @@ class CiderD:
         scale (n, N): 1 / norm of the candidates; roots, begin (N,): root node and first pair of each row.
         """
         pool = self._pool
-        everywhere = np.arange(len(tokens.words))
-        levels = list(pool.trie.descend(tokens, everywhere, roots[tokens.rows], 1, self.n))
-        at = np.concatenate([level[0] for level in levels])
-        node = np.concatenate([level[1] for level in levels])
-        orders = np.repeat(np.arange(self.n), [len(level[0]) for level in levels])
-        rows = tokens.rows[at]
+        levels = list(pool.trie.descend(tokens, np.arange(len(tokens.words)), roots.take(tokens.rows), 1, self.n))
+        at = np.concatenate([at for at, _ in levels])
+        node = np.concatenate([node for _, node in levels])
+        order = np.repeat(np.arange(self.n), [len(at) for at, _ in levels])
+        row = tokens.rows.take(at)
+        # from here on one entry per posting instead of one per common n-gram
         first = pool.first.data.take(node)
         number = pool.first.data.take(node + 1) - first
-        posting = np.repeat(first - np.cumsum(number) + number, number) + np.arange(int(number.sum()))
-        value = pool.weight.data.take(posting) * np.repeat(scale[orders, rows], number)
-        t = np.repeat(times[orders, at], number)
-        again = np.flatnonzero(t > 1)
-        value[again] *= np.minimum(t[again], pool.count.data[posting[again]]) / t[again]
-        return np.repeat(begin[rows], number) + pool.column.data.take(posting), value
+        hit = np.repeat(np.arange(len(node)), number)
+        posting = (first - np.cumsum(number) + number).take(hit) + np.arange(len(hit))
+        value = pool.weight.data.take(posting)
+        value *= scale.take(order * scale.shape[1] + row).take(hit)
+        t = times.take(order * times.shape[1] + at)
+        again = np.flatnonzero((t > 1).take(hit))
+        if len(again):
+            t = t.take(hit.take(again))
+            value[again] *= np.minimum(t, pool.count.data.take(posting.take(again))) / t
+        return begin.take(row).take(hit) + pool.column.data.take(posting), value
 
-    def _vectorised(self, references: list[tuple[str, ...]]) -> list[_References]:
-        """The reference sets, from the cache or made now (all missing ones in one go)."""
+    def _pictures(self, references: list[tuple[str, ...]]) -> np.ndarray:
+        """(N,) numbers in the pool of the reference sets; those not there are added, all in one go."""
         cache = self._cache
-        missing = list(dict.fromkeys(refs for refs in references if refs not in cache))
-        if missing:
-            cache.update(zip(missing, self._vectorise(missing), strict=True))
-        for refs in references:
-            cache.move_to_end(refs)
-        return list(map(cache.__getitem__, references))
+        picture = np.fromiter(map(cache.get, references, repeat(-1)), np.int64, len(references))
+        missing = picture < 0
+        if missing.any():
+            self._add(list(dict.fromkeys(references[i] for i in np.flatnonzero(missing))))
+            picture = np.fromiter(map(cache.__getitem__, references), np.int64, len(references))
+        self._clock += 1
+        self._pool.used.data[picture] = self._clock
+        return picture
 
     def _forget(self) -> None:
-        """Start over with the half of the pictures that was used last; keeps memory bounded, changes no score."""
-        kept = list(self._cache)[len(self._cache) - self._cache_size // 2 :]
+        """Start over with the half of the pictures that was used last; bounds the memory, changes no score."""
+        last_used = np.argsort(self._pool.used.data[: len(self._cache)], kind="stable")
+        known = list(self._cache)
+        kept = [known[i] for i in last_used[len(known) - self._cache_size // 2 :]]
         self._reset()
         if kept:
-            self._cache.update(zip(kept, self._vectorise(kept), strict=True))
+            self._add(kept)
 
-    def _vectorise(self, reference_sets: list[tuple[str, ...]]) -> list[_References]:
+    def _add(self, reference_sets: list[tuple[str, ...]]) -> None:
+        """Vectorise reference sets that are not in the pool."""
         tail = [EOS] if self.eos else []
         lists = [self.df.tokenize(ref) + tail for refs in reference_sets for ref in refs]
         sizes = np.array([len(refs) for refs in reference_sets])
@@ -211,7 +219,7 @@ class CiderD:
 
         pool = self._pool
         roots = parents = pool.trie.keys.size  # number of the first node of the order before
-        pool.append(np.full(len(sizes), -1), np.zeros(len(sizes), np.int64))
+        pool.append_nodes(np.full(len(sizes), -1), np.zeros(len(sizes), np.int64))
         idf = self.df.idf(tokens, self.n)
         owner = np.arange(len(sizes))  # picture of each node of the order before
         for n, (keys, at, node) in enumerate(grow(tokens, picture_of_list[tokens.rows], self.n)):
@@ -224,10 +232,14 @@ class CiderD:
             cell = owner[nodes] * width + columns
             norm = np.sqrt(np.bincount(cell, (counts * weight) ** 2, len(sizes) * width))[cell]
             first = pool.trie.keys.size
-            pool.append(keys + (parents << SHIFT), np.bincount(nodes, minlength=len(keys)))
+            pool.append_nodes(keys + (parents << SHIFT), np.bincount(nodes, minlength=len(keys)))
             parents = first
             pool.column.append(columns)
             pool.count.append(counts)
             pool.weight.append(np.divide(counts * weight**2, norm, out=np.zeros(len(norm)), where=norm > 0))
-        lengths = np.split(np.maximum(tokens.lengths - 1, 0), begin[1:])
-        return [_References(roots + i, length.copy()) for i, length in enumerate(lengths)]
+        pool.root.append(roots + np.arange(len(sizes)))
+        pool.size.append(sizes)
+        pool.start.append(begin + pool.length.size)
+        pool.length.append(np.maximum(tokens.lengths - 1, 0))
+        pool.used.append(np.zeros_like(sizes))
+        self._cache.update(zip(reference_sets, range(len(self._cache), len(self._cache) + len(sizes)), strict=True))

@@ -22,7 +22,7 @@ from reward_models.text import EOS, tokenizer_named
 
 MAX_ORDER = 4
 SHIFT = 32
-_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
+_MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
 _FORMAT = 1
 
 
@@ -48,7 +48,7 @@ def lay_out(token_lists: Sequence[list[str]], known: Mapping[str, int], fresh: d
     for i in np.flatnonzero(words < 0).tolist():
         words[i] = fresh.setdefault(flat[i], base + len(fresh))
     rows = np.repeat(np.arange(len(token_lists)), lengths)
-    left = np.cumsum(lengths)[rows] - np.arange(len(flat))
+    left = np.cumsum(lengths).take(rows) - np.arange(len(flat))
     return Tokens(words, rows, left, lengths)
 
 
@@ -88,8 +88,9 @@ class Trie:
     def __init__(self) -> None:
         self.keys = Growing(np.int64)
         self.keys.append(np.array([-1]))
-        self._bits = 0
-        self._table = np.zeros(1, dtype=np.int32)
+        self._bits = 12
+        self._shift = np.uint64(64 - self._bits)
+        self._table = np.zeros(1 << self._bits, dtype=np.int32)
 
     def append(self, keys: np.ndarray) -> None:
         """New nodes, numbered on from `keys.size`. The keys must be new and differ (a root has -1, and is not found)."""
@@ -97,12 +98,15 @@ class Trie:
         self.keys.append(keys)
         new = first + np.flatnonzero(keys >= 0)
         while 3 * self.keys.size > len(self._table) or not self._place(new):
-            self._bits = max(12, self._bits + 1)
+            self._bits += 1
+            self._shift = np.uint64(64 - self._bits)
             self._table = np.zeros(1 << self._bits, dtype=np.int32)
             new = np.flatnonzero(self.keys.data[: self.keys.size] >= 0)
 
-    def _slot(self, keys: np.ndarray, multiplier: int) -> np.ndarray:
-        return (keys.view(np.uint64) * np.uint64(multiplier) >> np.uint64(64 - self._bits)).view(np.int64)
+    def _slot(self, keys: np.ndarray, multiplier: np.uint64) -> np.ndarray:
+        slot = keys.view(np.uint64) * multiplier
+        slot >>= self._shift
+        return slot.view(np.int64)
 
     def _place(self, nodes: np.ndarray) -> bool:
         """Put nodes into the table, pushing others to their second place; False if that does not come to rest."""
@@ -143,11 +147,11 @@ class Trie:
         """
         for n in range(start, order + 1):
             if n > 1:
-                keep = tokens.left.take(at) >= n
-                at, node = at[keep], node[keep]
+                keep = np.flatnonzero(tokens.left.take(at) >= n)
+                at, node = at.take(keep), node.take(keep)
             node = self.find((node.astype(np.int64) << SHIFT) | tokens.words.take(at + (n - 1)))
-            keep = node >= 0
-            at, node = at[keep], node[keep]
+            keep = np.flatnonzero(node >= 0)
+            at, node = at.take(keep), node.take(keep)
             yield at, node
 
 
@@ -170,7 +174,7 @@ def multiplicities(tokens: Tokens, order: int) -> np.ndarray:
             break
         at = at[sort[again]]
         group = np.cumsum(~repeats[again]) - 1
-        out[n - 1, at] = np.bincount(group)[group]
+        out[n - 1][at] = np.bincount(group).take(group)
         keep = tokens.left[at] > n
         at, group = at[keep], group[keep]
     return out
@@ -256,10 +260,10 @@ class DocumentFrequencies:
         """(order, T) float64: log(documents) - log(max(1, df)) of the n-gram starting at each position."""
         out = np.full((order, len(tokens.words)), np.log(float(self.documents)))
         at = np.flatnonzero(tokens.words < len(self.words))
-        node = tokens.words[at] + 1  # the first nodes are the words, in order
-        out[0, at] = self._weights[node]
-        for n, (at, node) in enumerate(self._trie.descend(tokens, at, node, 2, order), 1):
-            out[n, at] = self._weights[node]
+        node = tokens.words.take(at) + 1  # the first nodes are the words, in order
+        out[0][at] = self._weights.take(node)
+        for n, (found, nodes) in enumerate(self._trie.descend(tokens, at, node, 2, order), 1):
+            out[n][found] = self._weights.take(nodes)
         return out
 
     def _header(self) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -101,10 +101,11 @@ def check_rows(
     references: Sequence[Any] | None,
     ended: Sequence[Any] | None = None,
     ids: Sequence[Any] | None = None,
+    known: Container[tuple[str, ...]] = (),
 ) -> tuple[list[str], list[tuple[str, ...]], list[bool]]:
     """Validate one batch: N candidate texts, N non-empty lists of reference strings, N flags (None: all ended).
 
-    `ids` (N) only name rows in errors. Returns the texts, the references as tuples (hashable) and the flags.
+    `ids` (N) only name rows in errors; references in `known` were checked before. Returns the texts, the references as tuples (hashable) and the flags.
     Raises ValueError naming the reward and the row.
     """
     if references is None:
@@ -117,7 +118,8 @@ def check_rows(
     tuples: list[tuple[str, ...]]
     if _STRING >= set(map(type, candidates)) and _LISTS >= set(map(type, references)):  # the usual case, fast
         tuples = list(map(tuple, references))
-        if all(tuples) and _STRING >= set(map(type, chain.from_iterable(tuples))):
+        new = tuples if not known else [refs for refs in tuples if refs not in known]
+        if all(new) and _STRING >= set(map(type, chain.from_iterable(new))):
             return list(candidates), tuples, flags
 
     texts, tuples = [], []

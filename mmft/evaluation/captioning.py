@@ -39,11 +39,14 @@ class MetricInfo(NamedTuple):
     percent: bool = False
 
     def text(self, value: float | None, signed: bool = False) -> str:
-        """The value for people; a dash where there is none."""
+        """The value for people; a dash where there is none. `signed`: it is a difference (of shares: in points)."""
         if value is None or not np.isfinite(value):
             return "–"
         sign = "+" if signed else ""
-        text = f"{100 * value:{sign}.1f} %" if self.percent else f"{value:{sign}.{_decimals(value)}f}"
+        if self.percent:
+            text = f"{100 * value:{sign}.1f} {'pp' if signed else '%'}"
+        else:
+            text = f"{value:{sign}.{_decimals(value)}f}"
         return text.replace("-", "−")
 
 

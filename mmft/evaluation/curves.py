@@ -76,19 +76,17 @@ def chart(
         return _stacked(title, lines, note)
     if floor is not None:
         lines = [(label, [(x, max(y, floor) if math.isfinite(y) else y) for x, y in p]) for label, p in lines]
-    edges: Points = []
-    if band:
-        widths = dict(band)
-        edges = [(x, y, widths.get(x, math.nan)) for x, y in lines[0][1]]  # type: ignore[misc]
-        edges = [e for e in edges if all(map(math.isfinite, e))]
+    widths = dict(band or [])
+    edges = [(x, y, widths.get(x, math.nan)) for x, y in lines[0][1]]
+    edges = [edge for edge in edges if all(map(math.isfinite, edge))]
     values = [y for _, points in lines for _, y in points if math.isfinite(y)]
-    values += [y + sign * w for _, y, w in edges for sign in (-1, 1)]  # type: ignore[misc]
+    values += [y + sign * w for _, y, w in edges for sign in (-1, 1)]
     to_x, x_ticks = _x_axis(lines)
     to_y, y_ticks = _y_axis(min(values), max(values))
     areas = []
     if len(edges) > 1:
-        upper = [(x, y + w) for x, y, w in edges]  # type: ignore[misc]
-        lower = [(x, y - w) for x, y, w in reversed(edges)]  # type: ignore[misc]
+        upper = [(x, y + w) for x, y, w in edges]
+        lower = [(x, y - w) for x, y, w in reversed(edges)]
         areas = [(0, _polygon(upper + lower, to_x, to_y))]
     drawn = [_line(label, i, points, to_x, to_y, marked) for i, (label, points) in enumerate(lines)]
     return Chart(title, note, drawn, areas, x_ticks, y_ticks)

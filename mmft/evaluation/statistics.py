@@ -8,7 +8,7 @@ Every score here is a function of sums over rows (a mean is sum / count, an accu
 of ten summed counts), so a resample is a vector of row weights and all resamples of all scores are one matrix product.
 A paired comparison draws the same rows for both sides: what makes a picture hard cancels.
 
-Left out on purpose: bias-corrected intervals (BCa). Over hundreds of rows they agree with percentiles to the digits shown.
+Left out on purpose: bias-corrected intervals (BCa); over hundreds of rows they differ little from percentiles.
 """
 
 from __future__ import annotations

@@ -91,18 +91,18 @@ def microbatch_loss(
             new.logprobs, old_logprobs, advantages, mask, config.cliprange, denominator
         )
     loss = policy_loss
-    stats = {k: float(v) for k, v in stats.items()} | {"policy_loss": float(policy_loss)}
+    stats = {k: float(v) for k, v in stats.items()} | {"policy_loss": policy_loss.item()}
     stats["ratio_error"] = float(((new.logprobs.detach() - old_logprobs).exp() - 1)[mask].abs().max())
     if new.values is not None:
         value_loss, value_stats = losses.value_loss(
             new.values, own(rollout.old.values), own(rollout.returns), mask, config.cliprange_value, denominator
         )
         loss = loss + config.vf_coef * value_loss
-        stats |= {"value_loss": float(value_loss), "value_clip_fraction": float(value_stats["clip_fraction"])}
+        stats |= {"value_loss": value_loss.item(), "value_clip_fraction": value_stats["clip_fraction"].item()}
     if config.entropy_coef:
         bonus = (new.entropy * mask).sum() / denominator
         loss = loss - config.entropy_coef * bonus
-        stats["entropy_loss"] = float(-bonus)
+        stats["entropy_loss"] = -bonus.item()
     return loss, stats
 
 

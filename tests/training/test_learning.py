@@ -11,7 +11,7 @@ from mmft.training.trainer import A2CTrainer, PPOTrainer
 from mmft.vlm.load import build_policy, load_model, lora_config
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
-BEST = {"red": "r", "blue": "b"}
+WANTED = {"red": str.isalpha, "blue": str.isdigit}
 ROWS = [
     {"id": name, "prompt": "which", "image": Image.new("RGB", (32, 32), rgb), "colour": name}
     for name, rgb in COLOURS.items()
@@ -19,9 +19,9 @@ ROWS = [
 
 
 def contextual_bandit(completions, colour, **_):
-    """1 for the picture's own letter, 0.3 for the other picture's, 0 for anything else: the optimum, 1, needs the
-    picture; the best answer that ignores it gets 0.65."""
-    return [1.0 if t == BEST[c] else 0.3 if t in BEST.values() else 0.0 for t, c in zip(completions, colour, strict=True)]
+    """1 for a letter under the red picture and for a digit under the blue one. The optimum, 1, needs the picture:
+    whoever ignores it gets 0.5 at most."""
+    return [float(t.isascii() and WANTED[c](t)) for t, c in zip(completions, colour, strict=True)]
 
 
 def train(tiny_model, tmp_path, trainer_class, config_class, **options):
@@ -34,7 +34,7 @@ def train(tiny_model, tmp_path, trainer_class, config_class, **options):
         prompts_per_step=8,
         num_generations=16,
         max_completion_length=1,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         lr_scheduler_type="linear",
         kl_coef=0.0,
         report_to=(),
@@ -59,5 +59,5 @@ def test_bandit_reaches_95_percent_of_the_optimum(tiny_model, tmp_path, trainer_
     first = history[0]["reward"]
     last = sum(metrics["reward"] for metrics in history[-5:]) / 5
     print(f"\nmean reward of samples: first step {first:.3f}, last five steps {last:.3f} (optimum 1)")
-    assert first < 0.2 and last >= 0.95
+    assert first < 0.5 and last >= 0.95
     assert all(abs(metrics["first_ratio_error"]) <= 1e-4 for metrics in history)

@@ -1,0 +1,190 @@
+"""The loop as a whole, on a tiny model: what must not change the result, what a run leaves behind, what stops it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mmft.training.config import A2CConfig, PPOConfig
+from mmft.training.trainer import A2CTrainer, PPOTrainer
+from mmft.vlm.load import build_policy, load_model, lora_config
+
+
+def rows(n: int = 6):
+    stream = np.random.default_rng(0)
+    pictures = [Image.fromarray(stream.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(n)]
+    return [{"id": f"r{i}", "prompt": "say " + "it " * i, "image": p, "wanted": "aeiou"[i % 5]} for i, p in enumerate(pictures)]
+
+
+def count_wanted(completions, wanted, **_):
+    return [float(text.count(letter)) - 0.1 * len(text) for text, letter in zip(completions, wanted, strict=True)]
+
+
+def trainer_of(tiny_model, folder, reward=count_wanted, dataset=None, cls=PPOTrainer, config_class=PPOConfig, **options):
+    torch.manual_seed(0)
+    model, processor = load_model(str(tiny_model("llava")))
+    policy = build_policy(model, processor, lora_config(model, r=4), critic=options.get("critic", "head"))
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "prompts_per_step": 4,
+        "num_generations": 3,
+        "max_completion_length": 6,
+        "learning_rate": 1e-3,
+        "report_to": (),
+    } | options
+    return cls(policy, reward, config_class(**options), dataset or rows(), rows(3))
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.policy.named_parameters() if p.requires_grad}
+
+
+def test_microbatches_change_nothing(tiny_model, tmp_path):
+    whole = trainer_of(tiny_model, tmp_path / "a", num_mini_batches=2)
+    split = trainer_of(tiny_model, tmp_path / "b", num_mini_batches=2, micro_prompts=1)
+    for step in (1, 2):
+        one, other = whole.step(step), split.step(step)
+        assert one["reward"] == other["reward"]
+        assert one["policy_loss"] == pytest.approx(other["policy_loss"], abs=1e-6)
+    for name, value in weights(whole).items():
+        # AdamW divides by the gradient's size, so rounding of tiny gradients shows at the scale of the step.
+        torch.testing.assert_close(value, weights(split)[name], atol=2e-5, rtol=0)
+
+
+def test_first_ratio_is_one_and_every_number_is_there(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path, temperature=0.8)
+    for step in (1, 2):
+        metrics = trainer.step(step)
+        assert metrics["first_ratio_error"] <= 1e-4
+    wanted = "reward reward_std reward/count_wanted kl entropy explained_variance policy_loss value_loss ratio_max "
+    wanted += "clip_fraction grad_norm response_length tokens_per_second samples_per_second time/rollout "
+    wanted += "time/reference time/reward time/update kl_coef learning_rate ended_fraction seconds"
+    assert set(wanted.split()) <= set(metrics)
+    assert all(np.isfinite(v) for v in metrics.values())
+
+
+def test_kl_is_zero_before_the_first_update_and_not_after(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path, learning_rate=1e-2)
+    assert abs(trainer.step(1)["kl"]) <= 1e-4
+    assert abs(trainer.step(2)["kl"]) > 1e-3
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(tiny_model, tmp_path):
+    runs = [trainer_of(tiny_model, tmp_path / str(i), seed=seed) for i, seed in enumerate((7, 7, 8))]
+    losses = [[run.step(s)["policy_loss"] for s in (1, 2)] for run in runs]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_resumed_run_equals_the_unbroken_one(tiny_model, tmp_path):
+    unbroken = trainer_of(tiny_model, tmp_path / "a", save_steps=2, kl_target=0.05, kl_coef=0.1)
+    unbroken.train()
+    broken = trainer_of(tiny_model, tmp_path / "b", save_steps=2, kl_target=0.05, kl_coef=0.1)
+    broken.config.max_steps = 4
+    for step in (1, 2):
+        broken.step(step)
+    from mmft.training.checkpoint import save_checkpoint
+
+    save_checkpoint(broken, 2)
+    resumed = trainer_of(tiny_model, tmp_path / "b", save_steps=2, kl_target=0.05, kl_coef=0.1)
+    resumed.train(resume_from_checkpoint=True)
+    for name, value in weights(unbroken).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    assert resumed.kl.value == unbroken.kl.value
+
+
+def test_an_altered_checkpoint_is_refused_by_name(tiny_model, tmp_path):
+    trainer_of(tiny_model, tmp_path, max_steps=1, save_steps=1).train()
+    head = tmp_path / "checkpoints" / "step-000001" / "value_head.safetensors"
+    data = bytearray(head.read_bytes())
+    data[-1] ^= 1
+    head.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="value_head.safetensors was altered"):
+        trainer_of(tiny_model, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_run_folder_holds_what_others_rely_on(tiny_model, tmp_path):
+    from peft import PeftModel
+
+    trainer = trainer_of(tiny_model, tmp_path, save_steps=2, eval_steps=2)
+    summary = trainer.train()
+    for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "value_head.safetensors"):
+        assert (tmp_path / name).is_file(), name
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and "eval/reward" in lines[1]
+    assert summary["before"].keys() == summary["after"].keys() == summary["difference"].keys()
+    manifest = json.loads((tmp_path / "checkpoints" / "step-000004" / "manifest.json").read_text())
+    assert {"state.json", "value_head.safetensors", "adapter/adapter_model.safetensors"} <= set(manifest["sha256"])
+    # The final adapter, by plain PEFT on the plain model, is the policy.
+    base, processor = load_model(trainer.policy.model.get_base_model().config._name_or_path)
+    again = build_policy(PeftModel.from_pretrained(base, tmp_path / "adapter"), processor)
+    again.value_head.load_state_dict(load_file(tmp_path / "value_head.safetensors"))
+    prompts, _ = trainer.prompts(1)
+    from mmft.vlm.generate import generate
+
+    one, other = (generate(p, prompts, 2, 6, seed=1) for p in (trainer.policy.eval(), again))
+    assert torch.equal(one[0].ids, other[0].ids)
+    torch.testing.assert_close(one[1].values, other[1].values)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path)
+    before = weights(trainer)
+    forward = trainer.policy.token_logprobs
+
+    def poisoned(*args, **options):
+        logprobs, entropy = forward(*args, **options)
+        return (logprobs * float("nan") if torch.is_grad_enabled() else logprobs), entropy
+
+    trainer.policy.token_logprobs = poisoned
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is not finite .*rows r\d"):
+        trainer.step(1)
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def test_rewards_get_trl_arguments_in_trl_forms(tiny_model, tmp_path):
+    seen = {}
+
+    def spy(prompts, completions, **columns):
+        seen.update(columns, prompts=prompts, completions=completions)
+        return [0.0] * len(completions)
+
+    chat = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows()]
+    trainer_of(tiny_model, tmp_path, reward=spy, dataset=chat).step(1)
+    assert len(seen["completions"]) == len(seen["wanted"]) == len(seen["image"]) == 12
+    assert seen["completions"][0][0]["role"] == "assistant" and seen["prompts"][0][0]["role"] == "user"
+    assert seen["wanted"][:3] == [seen["wanted"][0]] * 3  # a group's responses stand together
+
+
+def test_equal_rewards_give_no_policy_gradient_without_critic_and_kl(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path, reward=lambda completions, **_: [1.0] * len(completions), critic="none", kl_coef=0.0)
+    before = weights(trainer)
+    metrics = trainer.step(1)
+    assert metrics["policy_loss"] == 0.0
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def test_a2c_takes_one_pass(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path, cls=A2CTrainer, config_class=A2CConfig)
+    assert np.isfinite(trainer.step(1)["policy_loss"])
+    with pytest.raises(ValueError, match="A2CTrainer takes A2CConfig"):
+        trainer_of(tiny_model, tmp_path, cls=A2CTrainer)
+    with pytest.raises(ValueError, match="num_ppo_epochs must be 1"):
+        A2CConfig(num_ppo_epochs=2)
+
+
+def test_a_dataset_without_prompt_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="train_dataset has no column 'prompt'; its columns are: image"):
+        trainer_of(tiny_model, tmp_path, dataset=[{"image": None}])
+
+
+def test_a_model_that_is_nowhere_is_refused_with_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match="model.name: cannot load 'no/such-model'.*HF_HUB_OFFLINE"):
+        load_model("no/such-model")
+    with pytest.raises(ValueError, match="has no config.json"):
+        load_model(str(tmp_path))
