@@ -39,7 +39,7 @@ class Shape:
 
 
 SHAPES = {
-    "bundled": Shape("bundled", 96, 32, 8, 16, (16, 32, 64, 256)),
+    "bundled": Shape("bundled", 96, 32, 8, 16, (8, 16, 32, 256), micro_prompts=8),
     "smolvlm256m": Shape("smolvlm256m", 512, 2, 8, 20, (8, 16)),
     "tiny": Shape("tiny", 24, 2, 2, 3, (4,)),  # for the test of the benchmark itself
 }
@@ -158,9 +158,7 @@ def _llava(tiny: bool):
         image_token="<image>",
     )
     model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model, processor
 
 

@@ -5,7 +5,8 @@ blanks; pycocoevalcap's Java tokeniser is left out of its time, and so is starti
 one of its picture's captions and the second half of a caption of another picture: about as much in common with the
 references as a model's output has, and all different, so that nothing is gained from repeats.
 
-What is measured, alternating, `--repeats` times, each time with new pictures; medians are printed:
+Processor time is measured (both sides use one thread), so that a busy machine does not favour the shorter run.
+Measured, alternating, `--repeats` times, each time with new pictures; medians are printed:
 
     pycocoevalcap          Cider().compute_score(gts, res): it vectorises the references again for every response,
                            and counts document frequencies over the batch
@@ -58,7 +59,9 @@ def made_up_captions(rng: random.Random, pictures: int = 4000) -> list[list[str]
     return [[" ".join(rng.sample(topic, rng.randint(8, 14))) for _ in range(5)] for topic in topics]
 
 
-def make_batch(rng: random.Random, corpus: list[list[str]], per_picture: int) -> tuple[list[str], list[list[str]]]:
+def make_batch(
+    rng: random.Random, corpus: list[list[str]], per_picture: int
+) -> tuple[list[str], list[list[str]]]:
     pictures = rng.sample(range(len(corpus)), RESPONSES // per_picture)
     responses, references = [], []
     for i in range(RESPONSES):
@@ -70,9 +73,9 @@ def make_batch(rng: random.Random, corpus: list[list[str]], per_picture: int) ->
 
 
 def timed(function: Callable[..., object], *arguments: object) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     function(*arguments)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def score_by_hand(scorer: Any, responses: list[str], references: list[list[str]]) -> None:
@@ -83,7 +86,9 @@ def score_by_hand(scorer: Any, responses: list[str], references: list[list[str]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--captions", type=Path, help="CSV with image, caption")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", metavar="FILE", type=Path)
@@ -104,7 +109,11 @@ def main() -> None:
         for gram in {gram for caption in references for gram in precook(caption)}:
             frequencies[gram] += 1
 
-    report: dict[str, object] = {"captions": path.name if path else "made up", "pictures": len(corpus), "df": repr(df)}
+    report: dict[str, object] = {
+        "captions": path.name if path else "made up",
+        "pictures": len(corpus),
+        "df": repr(df),
+    }
     print(f"{len(corpus)} pictures ({report['captions']}), {df!r}")
     for per_picture in (GROUP, 1):
         scorer = CiderD(df, eos=False)
@@ -121,7 +130,7 @@ def main() -> None:
             seconds["ours, warm"].extend(timed(scorer.score, responses, references) for _ in range(5))
         median = {name: statistics.median(values) for name, values in seconds.items()}
         shape = f"{RESPONSES // per_picture} pictures x {per_picture} responses"
-        print(f"\n{shape}, 5 references each, milliseconds (median of {options.repeats}):")
+        print(f"\n{shape}, 5 references each, processor milliseconds (median of {options.repeats}):")
         for name, value in median.items():
             print(f"  {name:<22} {value * 1e3:9.2f}")
         ratios = {
@@ -129,7 +138,9 @@ def main() -> None:
             "warm, corpus": median["pycocoevalcap, corpus"] / median["ours, warm"],
             "cold": median["pycocoevalcap"] / median["ours, cold"],
         }
-        print("  ratio to pycocoevalcap:", ", ".join(f"{name} {value:.0f}x" for name, value in ratios.items()))
+        print(
+            "  ratio to pycocoevalcap:", ", ".join(f"{name} {value:.0f}x" for name, value in ratios.items())
+        )
         report[shape] = {"seconds": median, "ratio": ratios}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

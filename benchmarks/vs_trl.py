@@ -217,11 +217,8 @@ def compare(shape: Shape, cache: Path, repetitions: int, steps: int, trl_batch: 
 
         def once(system: str, batch: int | None, counted: int = steps) -> dict:
             result = _in_process(system, shape, folder, dataset, counted, batch, threads)
-            print(
-                f"  {shape.name:12} {system:5} batch {batch or 'all':>4}: {median(result['seconds']):8.3f} s/iteration, "
-                f"peak {result['peak_mib']:.0f} MiB",
-                flush=True,
-            )
+            seconds, name = median(result["seconds"]), f"{shape.name:12} {system:5} batch {batch or 'all':>4}"
+            print(f"  {name}: {seconds:8.3f} s/iteration, peak {result['peak_mib']:.0f} MiB", flush=True)
             return result
 
         batches = [trl_batch] if trl_batch else shape.trl_batches
@@ -270,9 +267,7 @@ def _worker(order: dict) -> dict:
 
     torch.set_num_threads(order.pop("threads"))
     own = {key: order.pop(key) for key in ("system", "folder", "dataset", "steps", "batch")}
-    return measure(
-        own["system"], Shape(**order), Path(own["folder"]), Path(own["dataset"]), own["steps"], own["batch"]
-    )
+    return measure(own["system"], Shape(**order), Path(own["folder"]), Path(own["dataset"]), own["steps"], own["batch"])
 
 
 # --- what is printed ---------------------------------------------------------------------------------
@@ -346,9 +341,7 @@ def main() -> None:
     names = ["bundled", "smolvlm256m"] if args.shape == "all" else [args.shape]
     results = []
     for name in names:
-        results.append(
-            compare(SHAPES[name], args.cache, args.repetitions, args.steps, args.trl_batch, args.threads)
-        )
+        results.append(compare(SHAPES[name], args.cache, args.repetitions, args.steps, args.trl_batch, args.threads))
         print(f"\n{table(results[-1])}\n", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"environment": about, "results": results}, indent=1) + "\n")

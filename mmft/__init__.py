@@ -1,6 +1,6 @@
 """mmft: actor-critic reinforcement learning for vision-language models.
 
-    from mmft import PPOConfig, PPOTrainer
+from mmft import PPOConfig, PPOTrainer
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Make the bundled model from nothing: cross-entropy pretraining on the built-in scenes.
 
     python recipes/pretrain_scenes.py --out mmft/assets/scenes_vlm
-    python recipes/pretrain_scenes.py --resume-from mmft/assets/scenes_vlm --steps 1500 --out runs/more
+    python recipes/pretrain_scenes.py --resume-from mmft/assets/scenes_vlm --steps 1200 --out runs/more
 
 A SigLIP tower and a small Llama inside `LlavaForConditionalGeneration`, both from random weights, learn
 together. Each picture is encoded once per step and its prompt is read once; the five reference captions
@@ -380,7 +380,7 @@ def main() -> None:
     parser.add_argument(
         "--resume-from", type=Path, help="continue from this folder instead of random weights"
     )
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=32, help="pictures per step, five captions each")
     parser.add_argument("--scenes", type=int, default=24_000, help="training scenes, the first of the split")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak")

@@ -52,7 +52,9 @@ def lay_out(token_lists: Sequence[list[str]], known: Mapping[str, int], fresh: d
     return Tokens(words, rows, left, lengths)
 
 
-def grow(tokens: Tokens, first: np.ndarray, order: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def grow(
+    tokens: Tokens, first: np.ndarray, order: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Build tries over all n-grams of `tokens`, one trie per value of `first` (T,).
 
     Yields per n = 1..order: keys (K,) sorted, whose upper half is `first` for n = 1 and then the index among the keys
@@ -71,7 +73,7 @@ class Growing:
     """A 1-d array that is appended to in amortised constant time; `data` may be longer than `size`."""
 
     def __init__(self, dtype: type) -> None:
-        self.data = np.zeros(1024, dtype=dtype)
+        self.data: np.ndarray = np.zeros(1024, dtype=dtype)
         self.size = 0
 
     def append(self, values: np.ndarray) -> None:
@@ -93,7 +95,7 @@ class Trie:
         self._table = np.zeros(1 << self._bits, dtype=np.int32)
 
     def append(self, keys: np.ndarray) -> None:
-        """New nodes, numbered on from `keys.size`. The keys must be new and differ (a root has -1, and is not found)."""
+        """New nodes, numbered on from `keys.size`. The keys must be new and differ (roots: -1, never found)."""
         first = self.keys.size
         self.keys.append(keys)
         new = first + np.flatnonzero(keys >= 0)
@@ -217,7 +219,9 @@ class DocumentFrequencies:
         sizes = []
         for i, refs in enumerate(references):
             if isinstance(refs, str) or not len(refs):
-                raise ValueError(f"document {i}: expected a non-empty list of reference strings, got {refs!r}")
+                raise ValueError(
+                    f"document {i}: expected a non-empty list of reference strings, got {refs!r}"
+                )
             lists.extend([*tokenize(ref), EOS] for ref in refs)
             sizes.append(len(refs))
         words = sorted(set(chain.from_iterable(lists)))
@@ -300,21 +304,25 @@ class DocumentFrequencies:
         """Read a file of `save`. FileNotFoundError; ValueError naming the file if it is damaged or another thing."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                header = dict(
-                    part.split("=") for part in file["header"].tobytes().decode().split()[1:]
-                )
+                header = dict(part.split("=") for part in file["header"].tobytes().decode().split()[1:])
                 if int(header["format"]) != _FORMAT:
                     raise ValueError(f"format {header['format']}, this version reads {_FORMAT}")
                 words = file["words"].tobytes().decode("utf-8", "surrogatepass").split("\n")
-                found = cls(words, file["keys"], file["counts"], int(header["documents"]), header["tokenizer"])
+                found = cls(
+                    words, file["keys"], file["counts"], int(header["documents"]), header["tokenizer"]
+                )
                 recorded = str(file["sha256"])
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file of document frequencies") from None
-        except Exception as error:  # zipfile, numpy and json-like errors differ by version; the user needs the file
+        except (
+            Exception
+        ) as error:  # zipfile, numpy and json-like errors differ by version; the user needs the file
             raise ValueError(
                 f"{path}: not a readable file of document frequencies ({error}); make it again with "
                 "DocumentFrequencies.from_references(...).save(path)"
             ) from error
         if found._digest() != recorded:
-            raise ValueError(f"{path}: content does not match its SHA-256 {recorded[:16]}; the file is damaged")
+            raise ValueError(
+                f"{path}: content does not match its SHA-256 {recorded[:16]}; the file is damaged"
+            )
         return found

@@ -77,9 +77,7 @@ def credit(rollout: Rollout, config: PPOConfig, kl_coef: float, reduce=None) -> 
         rollout.advantages = returns.leave_one_out(total, config.num_generations)[:, None] * mask
         rollout.returns = rollout.rewards
     else:
-        rollout.advantages, rollout.returns = returns.gae(
-            rollout.rewards, old.values, mask, config.gamma, config.lam
-        )
+        rollout.advantages, rollout.returns = returns.gae(rollout.rewards, old.values, mask, config.gamma, config.lam)
     if config.whiten_advantages:
         rollout.advantages = masked.masked_whiten(rollout.advantages, mask, reduce=reduce)
     return kl

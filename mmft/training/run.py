@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from mmft.data import load_rows
+from mmft.data import check_rows, load_rows
 from mmft.data.scenes import attribute_claims
 from mmft.evaluation.captioning import score_captions
 from mmft.training.config import from_recipe
@@ -21,8 +22,19 @@ from reward_models import DocumentFrequencies, build_rewards
 def run(recipe, resume: str | None = None) -> dict[str, Any]:
     """Runs a `mmft.recipe.Recipe` from its rows to its report; returns the summary.
 
-    Everything that can be wrong with data, rewards and model is found before the first step.
+    Whatever is wrong with data, rewards or model is found before the first step, and ends the process with one plain
+    line and exit code 2.
     """
+    try:
+        trainer = assemble(recipe, resume)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return trainer.train(resume_from_checkpoint=True if resume == "latest" else resume)
+
+
+def assemble(recipe, resume: str | None = None) -> PPOTrainer:
+    """The trainer that a recipe describes; its warm start, if it has one, is run here."""
     train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
     frequencies = DocumentFrequencies.from_references(train.references())
     rewards = build_rewards([{"name": r.name, "weight": r.weight, **r.options} for r in recipe.rewards], frequencies)
@@ -38,16 +50,14 @@ def run(recipe, resume: str | None = None) -> dict[str, Any]:
 
     model, processor = load_model(name, recipe.model.quantize, recipe.model.dtype)
     lora = recipe.model.lora
-    adapters = recipe.model.tune == "lora"
     policy = build_policy(
         model,
         processor,
-        lora_config(model, lora.r, int(lora.alpha), lora.dropout, lora.target) if adapters else None,
+        lora_config(model, lora.r, lora.alpha, lora.dropout, lora.target) if recipe.model.tune == "lora" else None,
         critic=recipe.model.critic,
         needs_reference=recipe.algorithm.kl_coef > 0,
     )
-    trainer_class = {"ppo": PPOTrainer, "a2c": A2CTrainer}[recipe.algorithm.name]
-    trainer = trainer_class(
+    return {"ppo": PPOTrainer, "a2c": A2CTrainer}[recipe.algorithm.name](
         model=policy,
         reward_funcs=rewards,
         args=from_recipe(recipe),
@@ -55,12 +65,13 @@ def run(recipe, resume: str | None = None) -> dict[str, Any]:
         eval_dataset=held_out,
         compute_metrics=caption_metrics(frequencies, held_out),
     )
-    return trainer.train(resume_from_checkpoint=True if resume == "latest" else resume)
 
 
 def rows_of(recipe, split: str, limit: int | None = None):
     """The rows of a split, their pictures looked at."""
-    return load_rows(recipe.data.name, split, limit, recipe.data.prompt)
+    rows = load_rows(recipe.data.name, split, limit, recipe.data.prompt)
+    check_rows(rows)
+    return rows
 
 
 def run_supervised(recipe) -> dict[str, Any]:
@@ -88,6 +99,7 @@ def caption_metrics(frequencies: DocumentFrequencies, rows) -> Metrics:
     """The captioning suite for rows with references; for the built-in world also how much of a caption is true."""
     claims = None
     if hasattr(rows, "scene"):
+
         def claims(caption: str, i: int) -> tuple[int, int]:
             return attribute_claims(caption, rows.scene(i))
 

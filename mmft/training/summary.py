@@ -52,22 +52,25 @@ def write_summary(
 
 
 def write_samples(run_dir: Path, dataset, before: Evaluation, after: Evaluation) -> None:
-    """One line per shown sample: picture, references, before, after and both sides' scores."""
+    """One line per held-out sample: references, before, after and both sides' scores; a picture for those shown."""
     main = next(iter(after.metrics))
-    gain = after.metrics[main] - before.metrics[main]
-    order = np.argsort(gain, kind="stable")
-    chosen = list(dict.fromkeys([*range(min(_FIRST, len(gain))), *order[-_EXTREME:][::-1], *order[:_EXTREME]]))
+    order = np.argsort(after.metrics[main] - before.metrics[main], kind="stable").tolist()
+    shown = {*range(_FIRST), *order[-_EXTREME:], *order[:_EXTREME]}
     pictures = run_dir / "pictures"
     pictures.mkdir(exist_ok=True)
     with (run_dir / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for i in map(int, chosen):
-            row = dataset[i]
-            line = {"id": str(row.get("id", i)), "picture": _save_picture(row, pictures / f"{i:05d}.jpg", run_dir)}
-            line |= {"references": text_row(dataset, i).get("references", [])}
+        for i in range(len(after.texts)):
+            row = text_row(dataset, i)
+            picture = _save_picture(dataset[i], pictures / f"{i:05d}.jpg", run_dir) if i in shown else None
+            line = {"id": str(row.get("id", i)), "picture": picture, "references": row.get("references", [])}
             line |= {"before": before.texts[i], "after": after.texts[i]}
             for side, evaluation in (("scores_before", before), ("scores_after", after)):
-                line[side] = {name: round(float(values[i]), 6) for name, values in evaluation.metrics.items()}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                line[side] = {name: _number(values[i]) for name, values in evaluation.metrics.items()}
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _number(value: float) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None
 
 
 def _save_picture(row: dict[str, Any], path: Path, run_dir: Path) -> str | None:

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from mmft.algorithms.kl import AdaptiveKL, FixedKL
 from mmft.algorithms.masked import explained_variance
 from mmft.batch import PromptBatch, Rollout
-
 from mmft.evaluation.report import write_report
 from mmft.training import rollout as stages
 from mmft.training.checkpoint import load_checkpoint, save_adapter, save_checkpoint

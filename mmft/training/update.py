@@ -12,8 +12,12 @@ from mmft.algorithms import losses
 from mmft.batch import Rollout
 from mmft.training.config import A2CConfig, PPOConfig
 
+_LARGEST = ("ratio_max", "first_ratio_error")
 
-def update(policy: nn.Module, optimizer, rollout: Rollout, config: PPOConfig, accelerator, step: int) -> dict[str, float]:
+
+def update(
+    policy: nn.Module, optimizer, rollout: Rollout, config: PPOConfig, accelerator, step: int
+) -> dict[str, float]:
     """Learns from one rollout. ``policy`` and ``optimizer`` are the prepared ones.
 
     The loss of a minibatch is its sum over tokens divided by the tokens of the whole minibatch over all processes,
@@ -54,12 +58,23 @@ def update(policy: nn.Module, optimizer, rollout: Rollout, config: PPOConfig, ac
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             metrics["grad_norm"].append(float(norm))
-    shares = ("policy_loss", "value_loss", "entropy_loss")
+    return _summed_up(metrics, config, accelerator)
+
+
+def _summed_up(metrics: dict[str, list[float]], config: PPOConfig, accelerator) -> dict[str, float]:
+    """One number per name over microbatches and processes. Losses are shares of a minibatch, so they add up."""
     steps = config.num_ppo_epochs * config.num_mini_batches
+    names = sorted(set(metrics) - {"ratio_error"})
+    values = [
+        max(metrics[name])
+        if name in _LARGEST
+        else sum(metrics[name]) / (steps if name.endswith("_loss") else len(metrics[name]))
+        for name in names
+    ]
+    everyone = accelerator.gather(torch.tensor([values], device=accelerator.device))  # (processes, names)
     return {
-        name: max(values) if name == "ratio_max" else sum(values) / (steps if name in shares else len(values))
-        for name, values in metrics.items()
-        if name != "ratio_error"
+        name: (column.max() if name in _LARGEST else column.mean()).item()
+        for name, column in zip(names, everyone.unbind(-1), strict=True)
     }
 
 

@@ -44,7 +44,7 @@ def warm_start(recipe, rows, folder: str | Path) -> Path:
     peft_config = None
     if options.tune == "lora":
         lora = recipe.model.lora
-        peft_config = lora_config(model, lora.r, int(lora.alpha), lora.dropout, lora.target)
+        peft_config = lora_config(model, lora.r, lora.alpha, lora.dropout, lora.target)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(

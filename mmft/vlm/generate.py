@@ -46,7 +46,9 @@ def generate(
     """
     if temperature > 0 and seed is None:
         raise ValueError("sampling needs a seed")
-    uniforms = draws(prompts.row_ids, num_generations, max_new_tokens, seed).to(policy.device) if temperature > 0 else None
+    uniforms = (
+        draws(prompts.row_ids, num_generations, max_new_tokens, seed).to(policy.device) if temperature > 0 else None
+    )
     if not policy.shared_prefix:
         from mmft.vlm.plain import plain_generate
 

@@ -108,7 +108,8 @@ def build_policy(
     """Model (or name) + adapters + value head -> the trainable policy.
 
     With a ``peft_config`` (or a `PeftModel`) only the adapters and the value head are trained, and the reference is
-    the same weights with adapters off. Without one every weight is, and the reference is a frozen copy.
+    the same weights with adapters off; a configuration without ``target_modules`` gets the family's. Without one
+    every weight is trained, and the reference is a frozen copy.
 
     Raises:
         ValueError: the model has no layer that the adapters' target names.
@@ -126,6 +127,8 @@ def build_policy(
 
         if getattr(model, "is_quantized", False):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if getattr(peft_config, "target_modules", None) is None and family_of(model).lora_target:
+            peft_config.target_modules = family_of(model).lora_target
         known = ", ".join(FAMILIES)
         try:
             model = get_peft_model(model, peft_config)

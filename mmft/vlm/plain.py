@@ -50,9 +50,11 @@ def plain_generate(
     mask = mask.repeat_interleave(group, 0)
     pad_id = policy.tokenizer.pad_token_id if policy.tokenizer.pad_token_id is not None else policy.end_ids[0]
     ids = torch.where(mask, ids, pad_id)
-    sampling = {"do_sample": False} if temperature == 0 else {
-        "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0
-    }
+    sampling = (
+        {"do_sample": False}
+        if temperature == 0
+        else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    )
     was_training = policy.training
     policy.eval()
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
@@ -85,7 +87,10 @@ def _visual_inputs(policy, prompts: PromptBatch, ids: Tensor, group: int) -> dic
     for key in records[0].tensors:
         tensors = [r.tensors[key] for r in records]
         shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-        padded = [pad(t, [x for have, want in zip(t.shape[:0:-1], shape[::-1], strict=True) for x in (0, want - have)]) for t in tensors]
+        padded = [
+            pad(t, [x for have, want in zip(t.shape[:0:-1], shape[::-1], strict=True) for x in (0, want - have)])
+            for t in tensors
+        ]
         inputs[key] = torch.cat(padded).to(policy.device)
     if policy.family.positions == "mrope":
         inputs["mm_token_type_ids"] = (ids == policy.pictures.image_token_id).int()

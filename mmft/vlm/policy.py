@@ -185,7 +185,9 @@ class Policy(nn.Module):
             logits = logits / temperature
         return logits.masked_fill(self.banned, float("-inf"))
 
-    def _score(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _score(
+        self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         logits = self.logits(hidden, temperature)
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser

@@ -56,7 +56,12 @@ def make_run(folder: Path, finished=True, caption="a red circle", rows=30) -> Pa
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, 21):
             row = {"step": step, "seconds": 3.0, "reward": step / 10, "reward_std": 0.5, "kl": 0.01 * step}
-            row |= {"grad_norm": None if step == 7 else 0.4, "time/rollout": 1.0, "time/update": 2.0, "entropy": 1.0}
+            row |= {
+                "grad_norm": None if step == 7 else 0.4,
+                "time/rollout": 1.0,
+                "time/update": 2.0,
+                "entropy": 1.0,
+            }
             file.write(json.dumps(row) + "\n")
         file.write('{"step": 21, "rew')  # a run that is still writing
     if finished:
@@ -105,6 +110,17 @@ def test_gains_and_losses_are_not_swapped(tmp_path):
     assert gains < text.index("row-29") < losses < text.index("row-0") < text.index("Not chosen")
 
 
+def test_no_shares_over_picked_samples(tmp_path):
+    """samples.jsonl with the 30 most extreme of 500 rows says nothing about how many got better."""
+    run = make_run(tmp_path / "run")
+    assert "Of 30 pictures" in Page(write_report(run)).text
+    summary = json.loads((run / "summary.json").read_text()) | {"rows": 500}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = Page(write_report(run)).text
+    assert "Of 30 pictures" not in text and "Words used" not in text
+    assert "Biggest gains" in text
+
+
 def test_unfinished_run(tmp_path):
     text = Page(write_report(make_run(tmp_path / "run", finished=False))).text
     assert "no held-out result yet" in text
@@ -131,11 +147,14 @@ def test_damaged_files(tmp_path):
         {"id": 3, "picture": "pictures/text.png", "scores_before": {"reward": float("nan")}},
     ]
     (run / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n[1]\nnonsense\n")
-    (run / "metrics.jsonl").write_text('{"step": 1, "reward": NaN}\n{"step": 2, "kl": Infinity, "reward": 1}\n{"x": 1}\n')
-    (run / "summary.json").write_text('{"before": {"reward": {"mean": NaN}}, "after": {"reward": {"mean": 1.0}}}')
+    steps = ['{"step": 1, "reward": NaN}', '{"step": 2, "kl": Infinity, "reward": 1}', '{"x": 1}']
+    (run / "metrics.jsonl").write_text("\n".join(steps))
+    (run / "summary.json").write_text(
+        '{"before": {"reward": {"mean": NaN}}, "after": {"reward": {"mean": 1.0}}}'
+    )
     page = Page(write_report(run))
     assert not page.all("img")
-    assert page.text.count("no picture") == 3
+    assert page.text.count("no picture") == 1  # row 3; only samples with a picture file are shown
     assert "nan" not in page.text.lower()
     assert "nan" not in " ".join(p.get("points", "") for p in page.all("polyline"))
 
@@ -158,7 +177,11 @@ def test_headline_states():
         mean = (low + high) / 2
         change = {"mean": mean, "low": low, "high": high, "relative": mean}
         return headline(
-            {"before": {better: {"mean": 1.0}}, "after": {better: {"mean": 1 + mean}}, "difference": {better: change}}
+            {
+                "before": {better: {"mean": 1.0}},
+                "after": {better: {"mean": 1 + mean}},
+                "difference": {better: change},
+            }
         )
 
     assert state(0.1, 0.3).state == "good" and "+20.0 %" in state(0.1, 0.3).text
@@ -182,8 +205,8 @@ def test_cheating_is_called_out():
 
 def test_groups_by_objects():
     samples = [
-        {"objects": [{}] * (1 + i % 2), "scores_before": {"cider_d": 1.0}, "scores_after": {"cider_d": 2.0 - 2 * (i % 2)}}
-        for i in range(40)
+        {"objects": [{}] * n, "scores_before": {"cider_d": 1.0}, "scores_after": {"cider_d": 4.0 - 2 * n}}
+        for n in [1, 2] * 20
     ]
     found = where(samples, "cider_d")
     assert "20 (50 %) score higher" in found[0].text

@@ -18,14 +18,19 @@ from mmft.vlm.load import build_policy, load_model, lora_config
 def rows(n: int = 6):
     stream = np.random.default_rng(0)
     pictures = [Image.fromarray(stream.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(n)]
-    return [{"id": f"r{i}", "prompt": "say " + "it " * i, "image": p, "wanted": "aeiou"[i % 5]} for i, p in enumerate(pictures)]
+    return [
+        {"id": f"r{i}", "prompt": "say " + "it " * i, "image": p, "wanted": "aeiou"[i % 5]}
+        for i, p in enumerate(pictures)
+    ]
 
 
 def count_wanted(completions, wanted, **_):
     return [float(text.count(letter)) - 0.1 * len(text) for text, letter in zip(completions, wanted, strict=True)]
 
 
-def trainer_of(tiny_model, folder, reward=count_wanted, dataset=None, cls=PPOTrainer, config_class=PPOConfig, **options):
+def trainer_of(
+    tiny_model, folder, reward=count_wanted, dataset=None, cls=PPOTrainer, config_class=PPOConfig, **options
+):
     torch.manual_seed(0)
     model, processor = load_model(str(tiny_model("llava")))
     policy = build_policy(model, processor, lora_config(model, r=4), critic=options.get("critic", "head"))
@@ -162,7 +167,9 @@ def test_rewards_get_trl_arguments_in_trl_forms(tiny_model, tmp_path):
 
 
 def test_equal_rewards_give_no_policy_gradient_without_critic_and_kl(tiny_model, tmp_path):
-    trainer = trainer_of(tiny_model, tmp_path, reward=lambda completions, **_: [1.0] * len(completions), critic="none", kl_coef=0.0)
+    trainer = trainer_of(
+        tiny_model, tmp_path, reward=lambda completions, **_: [1.0] * len(completions), critic="none", kl_coef=0.0
+    )
     before = weights(trainer)
     metrics = trainer.step(1)
     assert metrics["policy_loss"] == 0.0

@@ -166,7 +166,11 @@ def test_placeholder_text_stays_text_and_placeholders_are_never_sampled(policy):
     marker = policy.tokenizer.convert_ids_to_tokens(policy.pictures.image_token_id)
     plain, hostile = ({**ROWS[0], "prompt": f"read {word} aloud"} for word in ("that", marker))
     counts = [
-        int((policy.pictures.prompts([row], ["h"], torch.device("cpu")).prompt_ids == policy.pictures.image_token_id).sum())
+        int(
+            (
+                policy.pictures.prompts([row], ["h"], torch.device("cpu")).prompt_ids == policy.pictures.image_token_id
+            ).sum()
+        )
         for row in (plain, hostile)
     ]
     assert counts[0] == counts[1] > 0

@@ -1,0 +1,18 @@
+"""Run by `test_two_processes.py`: two steps of PPO on a tiny model; the first process writes down what came out."""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+from test_trainer import trainer_of, weights
+
+folder, model = Path(sys.argv[1]), Path(sys.argv[2])
+trainer = trainer_of(lambda family: model, folder / "run", num_mini_batches=1)
+metrics = [trainer.step(step) for step in (1, 2)]
+if trainer.accelerator.is_main_process:
+    save_file({name: value.contiguous() for name, value in weights(trainer).items()}, folder / "weights.safetensors")
+    kept = ("reward", "kl", "policy_loss", "response_length", "grad_norm")
+    numbers = [{key: m[key] for key in kept} for m in metrics]
+    (folder / "metrics.json").write_text(json.dumps({"processes": trainer.accelerator.num_processes, "steps": numbers}))
+trainer.accelerator.end_training()
