@@ -40,7 +40,7 @@ class Shape:
 
 SHAPES = {
     "bundled": Shape("bundled", 96, 32, 8, 16, (8, 16, 32, 256), micro_prompts=8),
-    "smolvlm256m": Shape("smolvlm256m", 512, 2, 8, 20, (8, 16)),
+    "smolvlm256m": Shape("smolvlm256m", 512, 2, 8, 20, (8, 16), micro_prompts=1),
     "tiny": Shape("tiny", 24, 2, 2, 3, (4,)),  # for the test of the benchmark itself
 }
 

@@ -100,7 +100,7 @@ def _run_mmft(shape, steps, batch, model, processor, adapters, score, dataset, s
         report_to=(),
     )
     trainer = PPOTrainer(model, score, config, dataset, None, processor, adapters)
-    trainer.policy.banned[trainer.policy.end_ids] = True  # never sampled: every response runs to its full length
+    trainer.policy.ban(trainer.policy.end_ids)  # never sampled: every response runs to its full length
     base = _reset_peak()
     logs, seconds = [], []
     for step in range(1, steps + 2):

@@ -91,9 +91,7 @@ CHAT_TEMPLATE = (
 # --- building ----------------------------------------------------------------------------------------
 
 
-def build_tokenizer(
-    texts: Iterable[str], words: Sequence[str], vocab_size: int = 1460
-) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterable[str], words: Sequence[str], vocab_size: int = 1460) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that any text comes back unchanged. `words` are everyday words (most wanted first)
     that the scenes lack: with them, real photo captions take about one token a word."""
     tokenizer = Tokenizer(models.BPE())
@@ -188,9 +186,7 @@ def prompt_text(processor: Any) -> str:
 
 def tokenise_captions(tokenizer: Any, references: list[list[str]]) -> torch.Tensor:
     """Captions with their EOS, padded: (rows, captions of a row, longest) int64."""
-    flat = tokenizer([text + END for row in references for text in row], add_special_tokens=False)[
-        "input_ids"
-    ]
+    flat = tokenizer([text + END for row in references for text in row], add_special_tokens=False)["input_ids"]
     width = max(map(len, flat))
     out = torch.full((len(flat), width), tokenizer.pad_token_id)
     for k, ids in enumerate(flat):
@@ -235,8 +231,7 @@ def patch_loss(head: torch.nn.Linear, features: torch.Tensor, labels: torch.Tens
     """Sum of the three mean cross-entropies; `features (B, 64, D)`, `labels (B, 64, 3)`."""
     parts = head(features).split([len(names) + 1 for names in LABELS], dim=-1)
     return sum(
-        torch.nn.functional.cross_entropy(part.flatten(0, 1), labels[..., k].flatten())
-        for k, part in enumerate(parts)
+        torch.nn.functional.cross_entropy(part.flatten(0, 1), labels[..., k].flatten()) for k, part in enumerate(parts)
     )
 
 
@@ -245,9 +240,7 @@ def encode(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     return torch.stack(list(model.model.get_image_features(pixels, return_dict=True).pooler_output))
 
 
-def caption_loss(
-    model: Any, prompt_ids: torch.Tensor, features: torch.Tensor, captions: torch.Tensor
-) -> torch.Tensor:
+def caption_loss(model: Any, prompt_ids: torch.Tensor, features: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats over caption tokens, EOS included.
 
     `prompt_ids (P,)`, `features (B, 64, D)` of the pictures, `captions (B, K, T)` padded with the pad token.
@@ -327,13 +320,14 @@ def train(model: Any, processor: Any, args: argparse.Namespace, log: Any) -> Non
     one = processor(text=prompt_text(processor), images=rows[0]["image"], return_tensors="pt")
     prompt_ids = one["input_ids"][0]
     head = torch.nn.Linear(model.config.text_config.hidden_size, sum(len(names) + 1 for names in LABELS))
-    # Matrices decay; norms and biases do not.
-    weights = [p for p in model.parameters() if p.ndim >= 2] + [head.weight]
-    others = [p for p in model.parameters() if p.ndim < 2] + [head.bias]
-    optimizer = torch.optim.AdamW(
-        [{"params": weights, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        betas=(0.9, 0.98),
-    )
+    # Muon for the matrices inside the layers (fewer steps to the same loss), AdamW for the rest.
+    inner = {n for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
+    matrices = [p for n, p in model.named_parameters() if n in inner]
+    others = [p for n, p in model.named_parameters() if n not in inner] + list(head.parameters())
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
     order: list[int] = []
     rng = np.random.default_rng(args.seed)
     eval_at = {round(args.steps * k / args.evals) for k in range(1, args.evals + 1)}
@@ -343,7 +337,7 @@ def train(model: Any, processor: Any, args: argparse.Namespace, log: Any) -> Non
         if len(order) < args.batch:
             order = rng.permutation(len(rows)).tolist()
         chosen, order = order[: args.batch], order[args.batch :]
-        for group in optimizer.param_groups:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = learning_rate(step, args.steps, args.learning_rate, args.warmup)
         chosen_captions = captions[chosen]
         longest = int((chosen_captions != processor.tokenizer.pad_token_id).sum(-1).max())
@@ -354,10 +348,12 @@ def train(model: Any, processor: Any, args: argparse.Namespace, log: Any) -> Non
         extra = share * patch_loss(head, features, labels) if share else torch.zeros(())
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss is {loss.item()} at step {step}; lower --learning-rate")
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad()
+        head.zero_grad()
         (loss + extra).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
         if (step + 1) % 50 == 0 or step + 1 in eval_at:
             entry = {"step": step + 1, "seconds": round(time.time() - started, 1), "loss": round(running, 4)}
@@ -374,12 +370,8 @@ def train(model: Any, processor: Any, args: argparse.Namespace, log: Any) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the bundled model on the built-in scenes.")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for weights, processor and training_log.jsonl"
-    )
-    parser.add_argument(
-        "--resume-from", type=Path, help="continue from this folder instead of random weights"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, processor and training_log.jsonl")
+    parser.add_argument("--resume-from", type=Path, help="continue from this folder instead of random weights")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=32, help="pictures per step, five captions each")
     parser.add_argument("--scenes", type=int, default=24_000, help="training scenes, the first of the split")
@@ -404,9 +396,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     with (args.out / "training_log.jsonl").open("w") as log:
-        settings = {
-            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out",)
-        }
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out",)}
         log.write(json.dumps({"settings": settings, "torch": torch.__version__}) + "\n")
         train(model, processor, args, log)
     model.save_pretrained(args.out)

@@ -37,10 +37,8 @@ COMMON_WORDS: dict[str, Choice] = {
     "square": (("square", 0.95), ("box", 0.03), ("block", 0.02)),
     "triangle": (("triangle", 1.0),),
     "star": (("star", 1.0),),
-    "diamond": (("diamond", 0.95), ("rhombus", 0.05)),
     "cross": (("cross", 0.9), ("plus sign", 0.06), ("plus", 0.04)),
     "ring": (("ring", 0.95), ("hoop", 0.05)),
-    "heart": (("heart", 1.0),),
     "red": (("red", 0.97), ("crimson", 0.03)),
     "orange": (("orange", 1.0),),
     "yellow": (("yellow", 0.97), ("golden", 0.03)),
@@ -63,7 +61,6 @@ PROLIFIC_WORDS: dict[str, Choice] = {
     "medium": (("midsize", 0.5), ("", 0.5)),
     "circle": (("disc", 0.95), ("circle", 0.05)),
     "square": (("box", 0.95), ("square", 0.05)),
-    "triangle": (("wedge", 0.85), ("triangle", 0.15)),
     "cross": (("plus", 0.95), ("cross", 0.05)),
     "ring": (("hoop", 0.9), ("ring", 0.1)),
     "purple": (("violet", 0.9), ("purple", 0.1)),
@@ -305,6 +302,7 @@ def write_captions(scene: Scene, n: int) -> list[str]:
 
 # --- checking what a caption claims ----------------------------------------------------------------
 
+# Shapes that the world lacks are nouns as well: a model that names one makes a false claim.
 _SHAPE_NOUNS = {
     "circle": "circle", "disc": "circle", "disk": "circle", "dot": "circle", "ball": "circle",
     "square": "square", "box": "square", "block": "square",

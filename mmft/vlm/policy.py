@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from mmft.batch import PromptBatch, Responses, TokenOutputs
@@ -73,9 +74,14 @@ class Policy(nn.Module):
         cache_bytes = cache_bytes if self.shared_prefix else 0
         self.pictures = Pictures(model, processor, self.family.positions, cache_bytes)
         self.end_ids = end_tokens(model, self.tokenizer)
-        banned = torch.zeros(self.head.weight.shape[0], dtype=torch.bool)
-        banned[never_sampled(model, self.tokenizer)] = True
-        self.register_buffer("banned", banned, persistent=False)
+        self.register_buffer("banned", torch.zeros(self.head.weight.shape[0], dtype=torch.bool), persistent=False)
+        self.register_buffer("banned_ids", torch.zeros(0, dtype=torch.long), persistent=False)
+        self.ban(never_sampled(model, self.tokenizer))
+
+    def ban(self, ids: list[int]) -> None:
+        """Takes tokens out of the distribution that is sampled from, and that log-probs are of."""
+        self.banned[ids] = True
+        self.banned_ids = self.banned.nonzero().flatten()
 
     @property
     def head(self) -> nn.Module:
@@ -183,18 +189,17 @@ class Policy(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if temperature != 1.0:
             logits = logits / temperature
-        return logits.masked_fill(self.banned, float("-inf"))
+        # In place: nobody else holds the head's output, and a copy of it is the largest array of the update.
+        return logits.index_fill_(-1, self.banned_ids, float("-inf"))
 
-    def _score(
-        self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
         logits = self.logits(hidden, temperature)
-        normaliser = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+        logprobs = -cross_entropy(logits, targets, reduction="none")
         if not entropy:
             return logprobs, None
-        probabilities = (logits - normaliser[:, None]).exp()
-        return logprobs, normaliser - (probabilities * logits.masked_fill(self.banned, 0.0)).sum(-1)
+        everything = logits.log_softmax(-1)
+        # 0 log 0 = 0, for the banned tokens; masked before the product, or its gradient would be NaN.
+        return logprobs, -(everything.exp() * everything.masked_fill(self.banned, 0.0)).sum(-1)
 
 
 class _AdaptersOff:

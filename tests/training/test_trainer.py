@@ -32,8 +32,10 @@ def trainer_of(
     tiny_model, folder, reward=count_wanted, dataset=None, cls=PPOTrainer, config_class=PPOConfig, **options
 ):
     torch.manual_seed(0)
-    model, processor = load_model(str(tiny_model("llava")))
-    policy = build_policy(model, processor, lora_config(model, r=4), critic=options.get("critic", "head"))
+    model, processor = load_model(str(tiny_model("llava")), options.pop("quantize", None), options.pop("dtype", "auto"))
+    adapters = None if options.pop("full", False) else lora_config(model, r=4)
+    shared_prefix = options.pop("shared_prefix", None)
+    policy = build_policy(model, processor, adapters, options.get("critic", "head"), shared_prefix=shared_prefix)
     options = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -195,3 +197,35 @@ def test_a_model_that_is_nowhere_is_refused_with_what_was_looked_for(tmp_path):
         load_model("no/such-model")
     with pytest.raises(ValueError, match="has no config.json"):
         load_model(str(tmp_path))
+
+
+def test_the_plain_path_trains_too(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path, shared_prefix=False)
+    before = weights(trainer)
+    metrics = trainer.step(1)
+    assert metrics["first_ratio_error"] <= 1e-4 and metrics["grad_norm"] > 0
+    assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def test_every_weight_can_be_trained_against_a_copy_and_resumed(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path / "a", full=True, save_steps=2, learning_rate=1e-3)
+    trainer.train()
+    assert "model.vision_tower" in " ".join(n.removeprefix("model.") for n in weights(trainer))
+    broken = trainer_of(tiny_model, tmp_path / "b", full=True, max_steps=4, save_steps=2)
+    for step in (1, 2):
+        metrics = broken.step(step)
+    assert abs(metrics["kl"]) > 1e-5  # the copy stayed where it was
+    from mmft.training.checkpoint import save_checkpoint
+
+    save_checkpoint(broken, 2)
+    resumed = trainer_of(tiny_model, tmp_path / "b", full=True, save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(trainer).items())
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantize": "nf4"}, {"quantize": "int8"}], ids=str)
+def test_half_and_quantised_weights_train(tiny_model, tmp_path, options):
+    trainer = trainer_of(tiny_model, tmp_path, max_steps=2, **options)
+    before = weights(trainer)
+    trainer.train()
+    assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
