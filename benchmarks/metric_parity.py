@@ -26,9 +26,7 @@ from reward_models import Bleu, CiderD, DocumentFrequencies, corpus_bleu  # noqa
 TOLERANCE = 1e-9
 
 
-def pycocoevalcap_cider(
-    candidates: list[str], references: list[list[str]], corpus: list[list[str]]
-) -> np.ndarray:
+def pycocoevalcap_cider(candidates: list[str], references: list[list[str]], corpus: list[list[str]]) -> np.ndarray:
     """pycocoevalcap's CIDEr-D with the document frequencies of `corpus`, which its interface does not offer.
 
     It takes log(number of documents) from the number of rows it scores, so that one logarithm is replaced.
@@ -44,9 +42,7 @@ def pycocoevalcap_cider(
     scorer.document_frequency = counter.document_frequency
     rows, documents = len(candidates), len(corpus)
     if documents in counter.document_frequency.values() or rows in counter.document_frequency.values():
-        raise ValueError(
-            "an n-gram has as many documents as there are rows: the logarithm cannot be replaced safely"
-        )
+        raise ValueError("an n-gram has as many documents as there are rows: the logarithm cannot be replaced safely")
 
     class Numpy:
         def __getattr__(self, name: str) -> object:
@@ -84,9 +80,7 @@ def differences(corpus: list[list[str]]) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=Path, default=FLICKR, help="CSV with image, caption")
     parser.add_argument("--limit", type=int, help="only the first PICTURES pictures")
     parser.add_argument("--json", metavar="FILE", type=Path)

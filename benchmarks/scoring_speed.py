@@ -59,9 +59,7 @@ def made_up_captions(rng: random.Random, pictures: int = 4000) -> list[list[str]
     return [[" ".join(rng.sample(topic, rng.randint(8, 14))) for _ in range(5)] for topic in topics]
 
 
-def make_batch(
-    rng: random.Random, corpus: list[list[str]], per_picture: int
-) -> tuple[list[str], list[list[str]]]:
+def make_batch(rng: random.Random, corpus: list[list[str]], per_picture: int) -> tuple[list[str], list[list[str]]]:
     pictures = rng.sample(range(len(corpus)), RESPONSES // per_picture)
     responses, references = [], []
     for i in range(RESPONSES):
@@ -86,9 +84,7 @@ def score_by_hand(scorer: Any, responses: list[str], references: list[list[str]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=Path, help="CSV with image, caption")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", metavar="FILE", type=Path)
@@ -138,9 +134,7 @@ def main() -> None:
             "warm, corpus": median["pycocoevalcap, corpus"] / median["ours, warm"],
             "cold": median["pycocoevalcap"] / median["ours, cold"],
         }
-        print(
-            "  ratio to pycocoevalcap:", ", ".join(f"{name} {value:.0f}x" for name, value in ratios.items())
-        )
+        print("  ratio to pycocoevalcap:", ", ".join(f"{name} {value:.0f}x" for name, value in ratios.items()))
         report[shape] = {"seconds": median, "ratio": ratios}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

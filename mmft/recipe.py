@@ -216,8 +216,7 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         rollout.prompts_per_step % a.num_mini_batches == 0,
         "algorithm.num_mini_batches",
         "rollout.prompts_per_step",
-        f"got {a.num_mini_batches}, expected a divisor of rollout.prompts_per_step "
-        f"({rollout.prompts_per_step})",
+        f"got {a.num_mini_batches}, expected a divisor of rollout.prompts_per_step ({rollout.prompts_per_step})",
     )
     check(
         a.name != "a2c" or a.num_ppo_epochs == 1,
@@ -249,8 +248,7 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         model.quantize is None or model.tune == "lora",
         "model.quantize",
         "model.tune",
-        f"got {model.quantize}, expected null with model.tune {model.tune} "
-        "(quantized weights cannot be trained)",
+        f"got {model.quantize}, expected null with model.tune {model.tune} (quantized weights cannot be trained)",
     )
     check(
         train.warmup_steps <= train.steps,

@@ -47,9 +47,7 @@ class Document:
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, int] = field(default_factory=dict)  # line from 1; 0 = command line
     found: list[tuple[int, str]] = field(default_factory=list)
-    spoilt: set[Key] = field(
-        default_factory=set
-    )  # values that could not be read; no second complaint about them
+    spoilt: set[Key] = field(default_factory=set)  # values that could not be read; no second complaint about them
 
     def line(self, key: Key) -> int:
         """The line of a key, or of the nearest section around it."""
@@ -227,9 +225,7 @@ def override(document: Document, text: str) -> None:
         if isinstance(part, int):
             if not isinstance(here, list) or part >= len(here):
                 length = len(here) if isinstance(here, list) else 0
-                document.add(
-                    0, f"{name}: got item {part}, but {dotted(key[:depth])} has {length} in the file"
-                )
+                document.add(0, f"{name}: got item {part}, but {dotted(key[:depth])} has {length} in the file")
                 return
         elif not isinstance(here, dict):
             document.add(0, f"{name}: {dotted(key[:depth])} is {show(here)}, expected a section with keys")

@@ -18,15 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score = verbs.add_parser("score", help="score COCO results against COCO captions: means and per picture")
     score.add_argument("references", metavar="REFERENCES.json", help="COCO captions: images and annotations")
     score.add_argument("results", metavar="RESULTS.json", help="COCO results: a list of image_id and caption")
-    score.add_argument(
-        "--metrics", default=",".join(METRICS), help=f"comma separated, of: {', '.join(METRICS)}"
-    )
-    score.add_argument(
-        "--df", metavar="FILE", help="saved document frequencies (default: from the references)"
-    )
-    score.add_argument(
-        "--json", metavar="FILE", help="write means and per-picture scores there ('-' = stdout)"
-    )
+    score.add_argument("--metrics", default=",".join(METRICS), help=f"comma separated, of: {', '.join(METRICS)}")
+    score.add_argument("--df", metavar="FILE", help="saved document frequencies (default: from the references)")
+    score.add_argument("--json", metavar="FILE", help="write means and per-picture scores there ('-' = stdout)")
     options = parser.parse_args(arguments)
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     try:

@@ -159,9 +159,7 @@ class Bleu:
                 out[i] = combine(*counts)
         return out
 
-    def _counts(
-        self, text: str, references: tuple[str, ...], ended: bool
-    ) -> tuple[list[int], list[int], int, int]:
+    def _counts(self, text: str, references: tuple[str, ...], ended: bool) -> tuple[list[int], list[int], int, int]:
         """Clipped matches and number of k-grams per order, length of the candidate, length of the closest reference."""
         words = self._tokenize(text)
         if words and self.eos and ended:

@@ -39,9 +39,7 @@ class _Pool:
     def __init__(self) -> None:
         self.trie = Trie()
         self.first = Growing(np.int64)  # per node: number of its first posting
-        self.first.append(
-            np.zeros(2, np.int64)
-        )  # one more than nodes, so that a node ends where the next begins
+        self.first.append(np.zeros(2, np.int64))  # one more than nodes, so that a node ends where the next begins
         self.column = Growing(np.int64)  # per posting: which of the picture's references
         self.count = Growing(np.int64)  # how often the n-gram occurs there
         self.weight = Growing(np.float64)  # count * idf^2 / norm of the reference at this order
@@ -49,9 +47,7 @@ class _Pool:
         self.size = Growing(np.int64)  # its number of references
         self.start = Growing(np.int64)  # number of its first reference
         self.used = Growing(np.int64)  # when it was last asked for
-        self.length = Growing(
-            np.int64
-        )  # per reference: in bigrams, as the reference implementation measures length
+        self.length = Growing(np.int64)  # per reference: in bigrams, as the reference implementation measures length
 
     def append_nodes(self, keys: np.ndarray, per_node: np.ndarray) -> None:
         """New nodes with that many postings each; the postings themselves are appended by the caller."""
@@ -135,9 +131,7 @@ class CiderD:
         tokenize = self.df.tokenize
         lists = [tokenize(text) for text in texts]
         if self.eos:
-            lists = [
-                [*words, EOS] if words and end else words for words, end in zip(lists, ended, strict=True)
-            ]
+            lists = [[*words, EOS] if words and end else words for words, end in zip(lists, ended, strict=True)]
         pool, picture = self._pool, self._pictures(references)
         tokens = lay_out(lists, self._words, {})
         times = multiplicities(tokens, self.n)
@@ -158,9 +152,7 @@ class CiderD:
         begin = np.cumsum(sizes) - sizes
         pair, cosine = self._products(tokens, times, scale, pool.root.data[picture], begin)
         cosines = np.bincount(pair, cosine, int(sizes.sum()))
-        lengths = pool.length.data[
-            np.repeat(pool.start.data[picture] - begin, sizes) + np.arange(len(cosines))
-        ]
+        lengths = pool.length.data[np.repeat(pool.start.data[picture] - begin, sizes) + np.arange(len(cosines))]
         delta = np.repeat(np.maximum(tokens.lengths - 1, 0), sizes) - lengths
         cosines = cosines * np.exp(delta * delta / (-2 * self.sigma**2))  # bincount of nothing is integer
         if len(self._cache) > self._cache_size:
@@ -175,9 +167,7 @@ class CiderD:
         scale (n, N): 1 / norm of the candidates; roots, begin (N,): root node and first pair of each row.
         """
         pool = self._pool
-        levels = list(
-            pool.trie.descend(tokens, np.arange(len(tokens.words)), roots.take(tokens.rows), 1, self.n)
-        )
+        levels = list(pool.trie.descend(tokens, np.arange(len(tokens.words)), roots.take(tokens.rows), 1, self.n))
         at = np.concatenate([at for at, _ in levels])
         node = np.concatenate([node for _, node in levels])
         order = np.repeat(np.arange(self.n), [len(at) for at, _ in levels])
@@ -256,6 +246,4 @@ class CiderD:
         pool.start.append(begin + pool.length.size)
         pool.length.append(np.maximum(tokens.lengths - 1, 0))
         pool.used.append(np.zeros_like(sizes))
-        self._cache.update(
-            zip(reference_sets, range(len(self._cache), len(self._cache) + len(sizes)), strict=True)
-        )
+        self._cache.update(zip(reference_sets, range(len(self._cache), len(self._cache) + len(sizes)), strict=True))

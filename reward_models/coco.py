@@ -28,23 +28,17 @@ def _read_json(path: str) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from None
+        raise ValueError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
 
 
 def _caption(path: str, where: str, entry: Any) -> tuple[Any, str]:
     if not isinstance(entry, dict) or "image_id" not in entry or "caption" not in entry:
-        raise ValueError(
-            f"{path}: {where}: expected an object with 'image_id' and 'caption', got {str(entry)[:80]}"
-        )
+        raise ValueError(f"{path}: {where}: expected an object with 'image_id' and 'caption', got {str(entry)[:80]}")
     image_id, caption = entry["image_id"], entry["caption"]
     if isinstance(image_id, bool) or not isinstance(image_id, (int, str)):
         raise ValueError(f"{path}: {where}: image_id must be a number or a string, got {image_id!r}")
     if not isinstance(caption, str):
-        raise ValueError(
-            f"{path}: {where} (image_id {image_id!r}): caption must be a string, got {caption!r}"
-        )
+        raise ValueError(f"{path}: {where} (image_id {image_id!r}): caption must be a string, got {caption!r}")
     return image_id, caption
 
 
@@ -80,9 +74,7 @@ def read_results(path: str, references: dict[Any, list[str]]) -> dict[Any, str]:
     out = dict(pairs)
     unknown = [image_id for image_id in out if image_id not in references]
     if unknown:
-        raise ValueError(
-            f"{path}: {len(unknown)} image ids are not in the references, first: {_some(unknown)}"
-        )
+        raise ValueError(f"{path}: {len(unknown)} image ids are not in the references, first: {_some(unknown)}")
     missing = [image_id for image_id in references if image_id not in out]
     if missing:
         raise ValueError(
@@ -119,9 +111,7 @@ def score_files(
     candidates, refs = [results[i] for i in ids], [references[i] for i in ids]
     images: dict[str, dict[str, float]] = {str(i): {} for i in ids}
     if len(images) != len(ids):
-        raise ValueError(
-            f"{references_path}: image ids that differ only in type (1 and '1') cannot be told apart"
-        )
+        raise ValueError(f"{references_path}: image ids that differ only in type (1 and '1') cannot be told apart")
     means: dict[str, float] = {}
     signatures: dict[str, str] = {}
     df = DocumentFrequencies.load(df_path) if df_path else None

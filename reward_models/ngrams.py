@@ -52,9 +52,7 @@ def lay_out(token_lists: Sequence[list[str]], known: Mapping[str, int], fresh: d
     return Tokens(words, rows, left, lengths)
 
 
-def grow(
-    tokens: Tokens, first: np.ndarray, order: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def grow(tokens: Tokens, first: np.ndarray, order: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Build tries over all n-grams of `tokens`, one trie per value of `first` (T,).
 
     Yields per n = 1..order: keys (K,) sorted, whose upper half is `first` for n = 1 and then the index among the keys
@@ -205,9 +203,7 @@ class DocumentFrequencies:
         self.hash = self._digest()[:16]
 
     @classmethod
-    def from_references(
-        cls, references: Sequence[Sequence[str]], *, tokenizer: str = "simple"
-    ) -> DocumentFrequencies:
+    def from_references(cls, references: Sequence[Sequence[str]], *, tokenizer: str = "simple") -> DocumentFrequencies:
         """Count over `references`: one list of strings per picture. ValueError with fewer than two documents."""
         if len(references) < 2:
             raise ValueError(
@@ -219,9 +215,7 @@ class DocumentFrequencies:
         sizes = []
         for i, refs in enumerate(references):
             if isinstance(refs, str) or not len(refs):
-                raise ValueError(
-                    f"document {i}: expected a non-empty list of reference strings, got {refs!r}"
-                )
+                raise ValueError(f"document {i}: expected a non-empty list of reference strings, got {refs!r}")
             lists.extend([*tokenize(ref), EOS] for ref in refs)
             sizes.append(len(refs))
         words = sorted(set(chain.from_iterable(lists)))
@@ -308,21 +302,15 @@ class DocumentFrequencies:
                 if int(header["format"]) != _FORMAT:
                     raise ValueError(f"format {header['format']}, this version reads {_FORMAT}")
                 words = file["words"].tobytes().decode("utf-8", "surrogatepass").split("\n")
-                found = cls(
-                    words, file["keys"], file["counts"], int(header["documents"]), header["tokenizer"]
-                )
+                found = cls(words, file["keys"], file["counts"], int(header["documents"]), header["tokenizer"])
                 recorded = str(file["sha256"])
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file of document frequencies") from None
-        except (
-            Exception
-        ) as error:  # zipfile, numpy and json-like errors differ by version; the user needs the file
+        except Exception as error:  # zipfile, numpy and json-like errors differ by version; the user needs the file
             raise ValueError(
                 f"{path}: not a readable file of document frequencies ({error}); make it again with "
                 "DocumentFrequencies.from_references(...).save(path)"
             ) from error
         if found._digest() != recorded:
-            raise ValueError(
-                f"{path}: content does not match its SHA-256 {recorded[:16]}; the file is damaged"
-            )
+            raise ValueError(f"{path}: content does not match its SHA-256 {recorded[:16]}; the file is damaged")
         return found

@@ -97,14 +97,10 @@ def _checked(name: str, returned: Any, rows: int, ids: Sequence[Any] | None) -> 
         returned = returned.detach().cpu().float().numpy()
     if isinstance(returned, np.ndarray):
         if returned.ndim != 1:
-            raise ValueError(
-                f"reward {name!r} returned an array of shape {returned.shape}, expected ({rows},)"
-            )
+            raise ValueError(f"reward {name!r} returned an array of shape {returned.shape}, expected ({rows},)")
         returned = returned.tolist()
     if not isinstance(returned, Sequence) or isinstance(returned, (str, bytes)):
-        raise ValueError(
-            f"reward {name!r} returned {type(returned).__name__}, expected a list of {rows} numbers"
-        )
+        raise ValueError(f"reward {name!r} returned {type(returned).__name__}, expected a list of {rows} numbers")
     if len(returned) != rows:
         raise ValueError(f"reward {name!r} returned {len(returned)} values for {rows} completions")
     out = np.full(rows, np.nan)
@@ -121,17 +117,13 @@ def _checked(name: str, returned: Any, rows: int, ids: Sequence[Any] | None) -> 
                 f"reward {name!r}, {row}: returned {value!r} ({type(value).__name__}), expected a number or None"
             ) from None
         if not math.isfinite(out[i]):
-            raise ValueError(
-                f"reward {name!r}, {row}: returned {value!r}; rewards must be finite (None = no opinion)"
-            )
+            raise ValueError(f"reward {name!r}, {row}: returned {value!r}; rewards must be finite (None = no opinion)")
     return out
 
 
 def _cider_d(df: DocumentFrequencies | None, **options: Any) -> CiderD:
     if df is None:
-        raise ValueError(
-            "document frequencies are needed (df=...): DocumentFrequencies.from_references(training refs)"
-        )
+        raise ValueError("document frequencies are needed (df=...): DocumentFrequencies.from_references(training refs)")
     return CiderD(df, **options)
 
 
@@ -144,9 +136,7 @@ def _bleu(df: DocumentFrequencies | None, **options: Any) -> Bleu:
 BUILT_IN: dict[str, Callable[..., RewardFunction]] = {"cider_d": _cider_d, "bleu": _bleu}
 
 
-def build_rewards(
-    specs: Sequence[Mapping[str, Any]], df: DocumentFrequencies | None = None
-) -> WeightedRewards:
+def build_rewards(specs: Sequence[Mapping[str, Any]], df: DocumentFrequencies | None = None) -> WeightedRewards:
     """Rewards from plain data, as a recipe holds them: `[{"name": "cider_d", "weight": 1.0}, {"name": "bleu"}]`.
 
     name: `cider_d` (options eos, sigma, n, cache_size), `bleu` (n, smooth, eos, tokenizer, cache_size), or a function
@@ -203,16 +193,12 @@ def _own(path: str, options: dict[str, Any]) -> RewardFunction:
     function = getattr(module, attribute, None)
     if not callable(function):
         near = difflib.get_close_matches(attribute, dir(module), n=1)
-        raise ValueError(
-            f"{source} has no function {attribute!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        raise ValueError(f"{source} has no function {attribute!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if not options:
         return function
 
     def bound(*args: Any, **columns: Any) -> Sequence[float | None]:
         return function(*args, **columns, **options)
 
-    bound.__name__ = bound.__qualname__ = (
-        f"{attribute}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
-    )
+    bound.__name__ = bound.__qualname__ = f"{attribute}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
     return bound

@@ -109,14 +109,10 @@ def check_rows(
     references as tuples (hashable) and the flags. Raises ValueError naming the reward and the row.
     """
     if references is None:
-        raise ValueError(
-            f"{name}: no references given; the dataset needs a column 'references' (list of strings)"
-        )
+        raise ValueError(f"{name}: no references given; the dataset needs a column 'references' (list of strings)")
     for what, column in (("references", references), ("ended", ended)):
         if column is not None and len(column) != len(candidates):
-            raise ValueError(
-                f"{name}: {len(candidates)} completions but {len(column)} {what}; one per row is needed"
-            )
+            raise ValueError(f"{name}: {len(candidates)} completions but {len(column)} {what}; one per row is needed")
 
     flags = [True] * len(candidates) if ended is None else list(map(bool, ended))
     tuples: list[tuple[str, ...]]

@@ -316,9 +316,7 @@ def test_shipped_recipes_show_every_key(name):
 
 
 def test_dump_keeps_small_numbers(tmp_path):
-    recipe = Recipe.model_validate(
-        {"train": {"learning_rate": 1.5e-7}, "data": {"prompt": "no: 1e-5 # really"}}
-    )
+    recipe = Recipe.model_validate({"train": {"learning_rate": 1.5e-7}, "data": {"prompt": "no: 1e-5 # really"}})
     recipe.dump(tmp_path / "r.yaml")
     assert load_recipe(tmp_path / "r.yaml") == recipe
 

@@ -192,9 +192,7 @@ _QWEN_PICTURE = {
 
 def _qwen_tokenizer() -> PreTrainedTokenizerFast:
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    return _tokenizer(
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *marks], pad="<|endoftext|>", eos="<|im_end|>"
-    )
+    return _tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *marks], pad="<|endoftext|>", eos="<|im_end|>")
 
 
 def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict:

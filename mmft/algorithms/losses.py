@@ -106,7 +106,5 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 def _share(x: Tensor, mask: Tensor, denominator: Tensor | float | None) -> Tensor:
     """Sum over the mask / denominator; a denominator of 0 (no token anywhere) counts as 1."""
-    count = torch.as_tensor(
-        mask.sum() if denominator is None else denominator, dtype=x.dtype, device=x.device
-    )
+    count = torch.as_tensor(mask.sum() if denominator is None else denominator, dtype=x.dtype, device=x.device)
     return masked_sum(x, mask) / torch.where(count > 0, count, torch.ones_like(count))

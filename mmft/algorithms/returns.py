@@ -77,9 +77,7 @@ def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
             "raise num_generations or train a critic"
         )
     if scores.dim() != 1 or len(scores) % group_size:
-        raise ValueError(
-            f"leave_one_out: scores {tuple(scores.shape)} do not fill whole groups of {group_size}"
-        )
+        raise ValueError(f"leave_one_out: scores {tuple(scores.shape)} do not fill whole groups of {group_size}")
     groups = scores.view(-1, group_size)
     others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).view(-1)

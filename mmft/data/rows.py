@@ -164,9 +164,7 @@ def check_file(path: Path, where: str) -> None:
             try:
                 return image.verify()  # reads the file and its checksums without unpacking it
             except Exception as error:  # Pillow's readers raise whatever their format's parser meets
-                raise ValueError(
-                    f"{where} is damaged: {error}; replace the file or take the row out"
-                ) from None
+                raise ValueError(f"{where} is damaged: {error}; replace the file or take the row out") from None
         if image.format in ("JPEG", "MPO"):
             with path.open("rb") as stream:
                 stream.seek(-min(64, path.stat().st_size), os.SEEK_END)
@@ -210,9 +208,7 @@ def _opened(path: Path, where: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
-        raise ValueError(
-            f"{where} has {width} x {height} pixels, expected at most {MAX_PIXELS}; make it smaller"
-        )
+        raise ValueError(f"{where} has {width} x {height} pixels, expected at most {MAX_PIXELS}; make it smaller")
     return image
 
 

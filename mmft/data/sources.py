@@ -183,9 +183,7 @@ def _folder_card(folder: Path) -> Card:
     known: tuple[str, ...] = ("train", "val", "validation", "test")
     splits = {name: lists[name] for name in known if name in lists}
     images = "images" if (folder / "images").is_dir() else "."
-    return Card(
-        name=folder.name or "folder", root=str(folder), images=images, captions=captions, splits=splits
-    )
+    return Card(name=folder.name or "folder", root=str(folder), images=images, captions=captions, splits=splits)
 
 
 def _card_rows(card: Card, root: Path, called: str, split: str, limit: int | None) -> PictureRows:
@@ -194,21 +192,15 @@ def _card_rows(card: Card, root: Path, called: str, split: str, limit: int | Non
         chosen = _pick(card.splits, split, called)
     images = root / ((chosen and chosen.images) or card.images)
     if not images.is_dir():
-        raise ValueError(
-            f"{called}: there is no folder of pictures {images}; expected it there, or change 'images'"
-        )
+        raise ValueError(f"{called}: there is no folder of pictures {images}; expected it there, or change 'images'")
     file = (chosen and chosen.captions) or card.captions
     if file is None:
-        raise ValueError(
-            f"{called}: split {split!r} has no captions file; give 'captions' for it or for the card"
-        )
+        raise ValueError(f"{called}: split {split!r} has no captions file; give 'captions' for it or for the card")
     captions = _read_captions(root / file, card.columns)
     names = _names(captions, card, chosen, root, split, called)
     without = [f"{name} ({captions.path})" for name in names if not captions.texts.get(name)]
     if without:
-        raise ValueError(
-            listed(f"{called}: {len(without)} pictures of split {split!r} have no captions", without)
-        )
+        raise ValueError(listed(f"{called}: {len(without)} pictures of split {split!r} have no captions", without))
     records = [
         {"id": name, "prompt": card.prompt or PROMPT, "picture": name, "references": captions.texts[name]}
         for name in names[:limit]
@@ -226,9 +218,7 @@ def _pick(splits: dict[str, _T], split: str, called: str) -> _T:
     return splits[split]
 
 
-def _names(
-    captions: _Captions, card: Card, chosen: Split | None, root: Path, split: str, called: str
-) -> list[str]:
+def _names(captions: _Captions, card: Card, chosen: Split | None, root: Path, split: str, called: str) -> list[str]:
     """The pictures of a split, in the order of its list or else of the captions file."""
     if chosen is not None and chosen.list is not None:
         return _read_list(root / chosen.list)
@@ -260,9 +250,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read: {error.strerror}; expected a file of captions or names"
-        ) from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}; expected a file of captions or names") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
@@ -352,9 +340,7 @@ def _read_coco(path: Path, images: list[Any], annotations: list[Any]) -> _Captio
         where = f"{path}: images[{index}]"
         number, name = _get(entry, "id", where), _get(entry, "file_name", where)
         if not isinstance(number, int | str) or number in names:
-            raise ValueError(
-                f"{where}: the id {number!r} is no number or was given before; expected one of its own"
-            )
+            raise ValueError(f"{where}: the id {number!r} is no number or was given before; expected one of its own")
         if not isinstance(name, str) or name in captions.texts:
             raise ValueError(f"{where}: the file_name {name!r} is no text or was given before")
         refuse_outward(name, where)

@@ -127,15 +127,11 @@ def summarise(per_sample: Mapping[str, np.ndarray], **options) -> dict[str, Inte
     """
     found = statistics.intervals(_statistics(per_sample), **options)
     if isinstance(per_sample, CaptionScores) and any(per_sample.word_pairs):
-        found["distinct_2"] = statistics.jackknife_interval(
-            *_distinct(per_sample), options.get("level", 0.95)
-        )
+        found["distinct_2"] = statistics.jackknife_interval(*_distinct(per_sample), options.get("level", 0.95))
     return _ordered({name: interval for name, interval in found.items() if np.isfinite(interval["mean"])})
 
 
-def compare(
-    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], **options
-) -> dict[str, Interval]:
+def compare(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], **options) -> dict[str, Interval]:
     """Paired differences, after - before: metric -> {"mean", "low", "high", "relative"}. Row i is the same picture."""
     found = statistics.paired_intervals(_statistics(before), _statistics(after), **options)
     if isinstance(before, CaptionScores) and isinstance(after, CaptionScores):
@@ -200,9 +196,7 @@ def _ngrams(words: list[str], n: int) -> Counter[tuple[str, ...]]:
 def _ordered(found: dict[str, Interval]) -> dict[str, Interval]:
     """In the order of `METRICS`, unknown ones last."""
     order = {name: i for i, name in enumerate(METRICS)}
-    return dict(
-        sorted(found.items(), key=lambda item: order.get(item[0].removeprefix("reward/"), len(order)))
-    )
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0].removeprefix("reward/"), len(order))))
 
 
 def _decimals(value: float) -> int:

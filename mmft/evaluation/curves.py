@@ -129,9 +129,7 @@ def _line(label: str, colour: int, points: Points, to_x, to_y, marked: bool) -> 
         elif piece:
             line.pieces.append(" ".join(piece))
             piece = []
-    line.dots = [
-        (round(to_x(x), 1), round(to_y(y), 1), f"step {x:g}: {short(y)}") for x, y in thin(finite, HIT_POINTS)
-    ]
+    line.dots = [(round(to_x(x), 1), round(to_y(y), 1), f"step {x:g}: {short(y)}") for x, y in thin(finite, HIT_POINTS)]
     return line
 
 

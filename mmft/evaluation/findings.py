@@ -110,9 +110,7 @@ def _collapse(metrics: Sequence[Mapping[str, Any]]) -> list[Finding]:
     entropy = [m["entropy"] for m in metrics if is_number(m.get("entropy"))]
     if len(entropy) >= 2 and entropy[0] > 0:
         left = entropy[-1] / entropy[0]
-        text = (
-            f"Entropy went from {entropy[0]:.2f} to {entropy[-1]:.2f} nats per token ({_whole(left)} left)."
-        )
+        text = f"Entropy went from {entropy[0]:.2f} to {entropy[-1]:.2f} nats per token ({_whole(left)} left)."
         found.append(Finding("good" if left >= 0.1 else "bad", text))
     lost = Counter(name for m in metrics for name, value in m.items() if value is None)
     if lost:
@@ -148,9 +146,7 @@ def where(samples: Sequence[Mapping[str, Any]], name: str) -> list[Finding]:
     for label, members in _groups([s for s, _, _ in pairs]):
         if len(members) < _LEAST_GROUP:
             continue
-        change = paired_bootstrap(
-            [pairs[i][1] for i in members], [pairs[i][2] for i in members], resamples=1000
-        )
+        change = paired_bootstrap([pairs[i][1] for i in members], [pairs[i][2] for i in members], resamples=1000)
         found.append(
             Finding(
                 "bad" if better * change["high" if better > 0 else "low"] < 0 else "open",

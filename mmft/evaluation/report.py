@@ -54,21 +54,15 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise ValueError(
-            f"{run_dir} is no run folder; expected one with metrics.jsonl, summary.json, samples.jsonl"
-        )
+        raise ValueError(f"{run_dir} is no run folder; expected one with metrics.jsonl, summary.json, samples.jsonl")
     metrics = [row for row in _read_lines(run_dir / "metrics.jsonl") if is_number(row.get("step"))]
     samples = _read_lines(run_dir / "samples.jsonl")
     recorded = _read_object(run_dir / "summary.json")
     scores = recorded if recorded.get("before") else recorded | findings.sample_summary(samples)
     scores = scores | {side: _intervals(scores.get(side)) for side in ("before", "after", "difference")}
     recipe = run_dir / "recipe.yaml"
-    recipe_text = (
-        recipe.read_text(encoding="utf-8", errors="replace")[:RECIPE_LENGTH] if recipe.is_file() else ""
-    )
-    main = findings.main_metric(
-        [n for n in scores["before"] if n in scores["after"]] or list(scores["before"])
-    )
+    recipe_text = recipe.read_text(encoding="utf-8", errors="replace")[:RECIPE_LENGTH] if recipe.is_file() else ""
+    main = findings.main_metric([n for n in scores["before"] if n in scores["after"]] or list(scores["before"]))
     name = _sample_key(main, samples)
     # Shares and groups over samples that were picked by their gain would mislead.
     rows = recorded.get("rows")
@@ -137,9 +131,7 @@ def _held_out(metrics, scores, keys: Sequence[str]) -> list[Chart | None]:
             points = series(metrics, key)
             ends = [(scores[side].get(name) or {}).get("mean") for side in ("before", "after")]
             start = [(0.0, ends[0])] if is_number(ends[0]) and points else []
-            finish = (
-                [(float(last), ends[1])] if is_number(ends[1]) and points and points[-1][0] < last else []
-            )
+            finish = [(float(last), ends[1])] if is_number(ends[1]) and points and points[-1][0] < last else []
             label = f"Held-out: {metric_info(name).label}"
             out.append(curves.chart(label, [("mean", start + points + finish)], marked=True))
     return out
@@ -181,9 +173,7 @@ def _table(scores: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _range(info, interval: Mapping[str, Any], signed: bool = False) -> str:
     low, high = interval.get("low"), interval.get("high")
-    return (
-        f"{info.text(low, signed)} … {info.text(high, signed)}" if is_number(low) and is_number(high) else ""
-    )
+    return f"{info.text(low, signed)} … {info.text(high, signed)}" if is_number(low) and is_number(high) else ""
 
 
 def _gallery(run_dir: Path, samples: list[dict[str, Any]], name: str | None) -> list[tuple[str, list[Card]]]:
@@ -209,9 +199,7 @@ def _gallery(run_dir: Path, samples: list[dict[str, Any]], name: str | None) -> 
         ("Not chosen: the first pictures of the set", first),
     ]
     budget = [PICTURE_BYTES]
-    return [
-        (title, [_card(run_dir, samples[i], budget) for i in chosen]) for title, chosen in groups if chosen
-    ]
+    return [(title, [_card(run_dir, samples[i], budget) for i in chosen]) for title, chosen in groups if chosen]
 
 
 def _card(run_dir: Path, sample: Mapping[str, Any], budget: list[int]) -> Card:
@@ -289,9 +277,7 @@ def _state(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
     if is_number(seconds):
         return f"{steps}, {seconds / 60:.1f} minutes in all"
     spent = sum(row["seconds"] for row in metrics if is_number(row.get("seconds")))
-    return f"{steps}, {spent / 60:.1f} minutes of training" + (
-        "" if summary.get("after") else "; not finished"
-    )
+    return f"{steps}, {spent / 60:.1f} minutes of training" + ("" if summary.get("after") else "; not finished")
 
 
 def _clip(text: Any) -> str:

@@ -40,9 +40,12 @@ def save_checkpoint(trainer: PPOTrainer, step: int) -> Path:
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True)
         save_adapter(trainer.policy, working)
+        if not hasattr(trainer.policy.model, "peft_config"):
+            # As the model holds them: a saved model has the Hub's names for its weights, which are others.
+            save_file(_trained(trainer.policy), working / "weights.safetensors")
         tensors, plain = _flatten(trainer.optimizer.state_dict()["state"])
         save_file(tensors, working / "optimizer.safetensors")
-        state = {"step": step, "seed": trainer.config.seed, "kl": trainer.kl.state_dict(), "optimizer": plain}
+        state = _identity(trainer) | {"step": step, "kl": trainer.kl.state_dict(), "optimizer": plain}
         (working / "state.json").write_text(json.dumps(state))
         files = {str(p.relative_to(working)): _sha256(p) for p in sorted(working.rglob("*")) if p.is_file()}
         (working / "manifest.json").write_text(json.dumps({"step": step, "sha256": files}, indent=1))
@@ -58,19 +61,19 @@ def load_checkpoint(trainer: PPOTrainer, where: str | Path | bool) -> int:
     Raises:
         ValueError: there is no checkpoint, a file of it is missing or altered, or it is of another seed.
     """
-    folder = _latest(trainer.run_dir) if where is True else Path(where)
+    folder = trainer.run_dir if where is True else Path(where)
+    if not (folder / "manifest.json").is_file():
+        folder = _latest(folder)
     _verify(folder)
     state = json.loads((folder / "state.json").read_text())
-    if state["seed"] != trainer.config.seed:
-        raise ValueError(f"{folder}: made with seed {state['seed']}, this run has seed {trainer.config.seed}")
+    _require_same(trainer, state, folder)
     model = trainer.policy.model
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
     else:
-        for shard in sorted((folder / "model").glob("*.safetensors")):
-            model.load_state_dict(load_file(shard), strict=False)
+        _put_back(trainer.policy, load_file(folder / "weights.safetensors"), folder)
     if trainer.policy.value_head is not None:
         trainer.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
     optimizer = trainer.optimizer.state_dict()
@@ -78,6 +81,38 @@ def load_checkpoint(trainer: PPOTrainer, where: str | Path | bool) -> int:
     trainer.optimizer.load_state_dict(optimizer)
     trainer.kl.load_state_dict(state["kl"])
     return int(state["step"])
+
+
+def _identity(trainer: PPOTrainer) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes it must have in common."""
+    adapters = getattr(trainer.policy.model, "peft_config", {})
+    shapes = {n: list(p.shape) for n, p in trainer.policy.named_parameters() if p.requires_grad}
+    return {
+        "seed": trainer.config.seed,
+        "critic": trainer.config.critic,
+        "prompts_per_step": trainer.config.prompts_per_step,
+        "lora_rank": [config.r for config in adapters.values()],
+        "trained_weights": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16],
+    }
+
+
+def _require_same(trainer: PPOTrainer, state: dict[str, Any], folder: Path) -> None:
+    for name, value in _identity(trainer).items():
+        if state.get(name) != value:
+            raise ValueError(f"{folder}: made with {name} {state.get(name)}, this run has {name} {value}")
+
+
+def _trained(policy: Policy) -> dict[str, torch.Tensor]:
+    return {n: p.detach().contiguous().cpu() for n, p in policy.model.named_parameters() if p.requires_grad}
+
+
+def _put_back(policy: Policy, saved: dict[str, torch.Tensor], folder: Path) -> None:
+    parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+    if odd := sorted(saved.keys() ^ parameters.keys()):
+        raise ValueError(f"{folder / 'weights.safetensors'} is of another model: {len(odd)} names differ, as {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
 
 
 def _latest(run_dir: Path) -> Path:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+_CHOICES = {
+    "critic": ("head", "none"),
+    "lr_scheduler_type": ("constant", "linear", "cosine"),
+    "kl_estimator": ("k1", "k2", "k3"),
+}
+
 
 @dataclass
 class PPOConfig:
@@ -80,6 +86,9 @@ class PPOConfig:
     report_to: tuple[str, ...] = field(default=("tensorboard",))
 
     def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
         if self.critic == "none" and self.num_generations < 2:
             raise ValueError("critic='none' takes the other responses to a prompt as baseline: num_generations >= 2")
         if self.prompts_per_step % self.num_mini_batches:

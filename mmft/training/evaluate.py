@@ -16,8 +16,8 @@ from mmft.training.rollout import decode
 from mmft.vlm.generate import generate
 from mmft.vlm.policy import Policy
 
-# texts and rows of a held-out set -> metric -> one number per row
-Metrics = Callable[[list[str], Sequence[dict[str, Any]]], dict[str, np.ndarray]]
+# texts, rows and "ended by itself" of a held-out set -> metric -> one number per row
+Metrics = Callable[[list[str], Sequence[dict[str, Any]], list[bool]], dict[str, np.ndarray]]
 
 
 @dataclass
@@ -40,31 +40,30 @@ def evaluate(
     max_new_tokens: int,
     batch: int = 64,
     accelerator: Accelerator | None = None,
-    reference: bool = False,
 ) -> Evaluation:
     """Greedy responses to the first ``rows`` rows, shared by the processes.
 
     Args:
         dataset: rows as the trainers take them.
         batch: prompts decoded together.
-        reference: of the policy with its adapters switched off.
     """
     size = min(len(dataset), rows)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine = range(size)[rank::world]
-    texts: list[tuple[int, str]] = []
+    found: list[tuple[int, str, bool]] = []
     for start in range(0, len(mine), batch):
         chunk = list(mine[start : start + batch])
         opened = [dataset[i] for i in chunk]
         ids = [str(row.get("id", i)) for row, i in zip(opened, chunk, strict=True)]
         prompts = policy.pictures.prompts(opened, ids, policy.device)
-        with policy.as_reference() if reference else nullcontext(), _autocast(accelerator):
+        with _autocast(accelerator):
             responses, _ = generate(policy, prompts, 1, max_new_tokens, temperature=0.0)
-        texts += zip(chunk, decode(policy, responses), strict=True)
+        found += zip(chunk, decode(policy, responses), responses.ended.tolist(), strict=True)
     if world > 1:
-        texts = gather_object(texts)
-    ordered = [text for _, text in sorted(texts)]
-    return Evaluation(ordered, metrics(ordered, [text_row(dataset, i) for i in range(size)]))
+        found = gather_object(found)
+    found.sort()
+    texts, ended = [text for _, text, _ in found], [done for _, _, done in found]
+    return Evaluation(texts, metrics(texts, [text_row(dataset, i) for i in range(size)], ended))
 
 
 def text_row(dataset, index: int) -> dict[str, Any]:

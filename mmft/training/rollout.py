@@ -32,9 +32,17 @@ def decode(policy: Policy, responses: Responses) -> list[str]:
 
 def score(rollout: Rollout, reward_funcs, config: PPOConfig) -> None:
     """Asks the reward side; fills in ``scores`` and ``parts``."""
-    scores = reward_funcs(**reward_columns(rollout.prompts, rollout.texts, rollout.responses.ended.tolist()))
-    device = rollout.responses.ids.device
-    rollout.scores = torch.as_tensor(np.asarray(scores.total), dtype=torch.float32, device=device)
+    responses = rollout.responses
+    scores = reward_funcs(
+        **reward_columns(rollout.prompts, rollout.texts),
+        ended=responses.ended.tolist(),
+        completion_ids=[ids[mask].tolist() for ids, mask in zip(responses.ids, responses.mask, strict=True)],
+    )
+    rollout.scores = torch.as_tensor(np.asarray(scores.total), dtype=torch.float32, device=responses.ids.device)
+    if not rollout.scores.isfinite().all():
+        worst = int((~rollout.scores.isfinite()).nonzero()[0])
+        row = rollout.prompts.row_ids[worst // config.num_generations]
+        raise ValueError(f"the reward of row {row} is {scores.total[worst]}, too large for float32; scale the rewards")
     rollout.parts = {name: torch.as_tensor(np.asarray(v), dtype=torch.float32) for name, v in scores.parts.items()}
     if config.missing_eos_penalty:
         rollout.scores = rewards.apply_missing_eos_penalty(
@@ -42,7 +50,7 @@ def score(rollout: Rollout, reward_funcs, config: PPOConfig) -> None:
         )
 
 
-def reward_columns(prompts: PromptBatch, texts: list[str], ended: list[bool]) -> dict[str, list[Any]]:
+def reward_columns(prompts: PromptBatch, texts: list[str]) -> dict[str, list[Any]]:
     """The arguments of TRL's reward functions: prompts, completions and every dataset column, one entry a response.
 
     Completions are strings for plain prompts and a list with one assistant message for conversations.
@@ -57,7 +65,6 @@ def reward_columns(prompts: PromptBatch, texts: list[str], ended: list[bool]) ->
         text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
         for text, row in zip(texts, rows, strict=True)
     ]
-    columns["ended"] = ended
     return columns
 
 

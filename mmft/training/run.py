@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from accelerate.utils import set_seed
 
 from mmft.data import check_rows, load_rows
 from mmft.data.scenes import attribute_claims
 from mmft.evaluation.captioning import score_captions
+from mmft.evaluation.report import write_report
 from mmft.training.config import from_recipe
-from mmft.training.evaluate import Metrics, evaluate
+from mmft.training.evaluate import Evaluation, Metrics, evaluate
+from mmft.training.monitor import Monitor
 from mmft.training.summary import write_summary
 from mmft.training.trainer import A2CTrainer, PPOTrainer
 from mmft.training.warm_start import warm_start
@@ -22,49 +30,70 @@ from reward_models import DocumentFrequencies, build_rewards
 def run(recipe, resume: str | None = None) -> dict[str, Any]:
     """Runs a `mmft.recipe.Recipe` from its rows to its report; returns the summary.
 
-    Whatever is wrong with data, rewards or model is found before the first step, and ends the process with one plain
-    line and exit code 2.
+    Whatever is wrong with data, rewards, model or checkpoint is found before the first step, and ends the process
+    with one plain line and exit code 2.
     """
-    try:
+    with plain_errors():
         trainer = assemble(recipe, resume)
-    except ValueError as error:
+        trainer.begin(True if resume == "latest" else resume)
+    return trainer.train()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors of users as one line and exit code 2; a traceback would only hide what to mend."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    return trainer.train(resume_from_checkpoint=True if resume == "latest" else resume)
 
 
 def assemble(recipe, resume: str | None = None) -> PPOTrainer:
-    """The trainer that a recipe describes; its warm start, if it has one, is run here."""
+    """The trainer that a recipe describes; its warm start, if it has one, is run here.
+
+    Raises:
+        ValueError: anything that the recipe names is missing or wrong.
+    """
+    set_seed(recipe.seed)  # of new weights: adapters start at random
     train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
     frequencies = DocumentFrequencies.from_references(train.references())
     rewards = build_rewards([{"name": r.name, "weight": r.weight, **r.options} for r in recipe.rewards], frequencies)
+    output = prepare_folder(recipe, frequencies)
 
+    def trainer(name: str) -> PPOTrainer:
+        model, processor = load_model(name, recipe.model.quantize, recipe.model.dtype)
+        lora = recipe.model.lora
+        adapters = lora_config(model, lora.r, lora.alpha, lora.dropout, lora.target)
+        return {"ppo": PPOTrainer, "a2c": A2CTrainer}[recipe.algorithm.name](
+            model=model,
+            reward_funcs=rewards,
+            args=from_recipe(recipe),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=processor,
+            peft_config=adapters if recipe.model.tune == "lora" else None,
+            compute_metrics=caption_metrics(frequencies, held_out),
+        )
+
+    if recipe.warm_start is None:
+        return trainer(recipe.model.name)
+    trainer(recipe.model.name)  # thrown away: what cannot work is said now, not after hours of warm start
+    started = output / "warm_start"
+    if not (resume and (started / "config.json").is_file()):
+        warm_start(recipe, train, started)
+        set_seed(recipe.seed)
+    return trainer(str(started))
+
+
+def prepare_folder(recipe, frequencies: DocumentFrequencies) -> Path:
+    """The run folder with the resolved recipe and the document frequencies, written by the main process."""
     output = Path(recipe.output.dir)
-    output.mkdir(parents=True, exist_ok=True)
-    recipe.dump(output / "recipe.yaml")
-    frequencies.save(output / "document_frequencies.json")
-    name = recipe.model.name
-    if recipe.warm_start is not None:
-        started = output / "warm_start"
-        name = str(started if resume else warm_start(recipe, train, started))
-
-    model, processor = load_model(name, recipe.model.quantize, recipe.model.dtype)
-    lora = recipe.model.lora
-    policy = build_policy(
-        model,
-        processor,
-        lora_config(model, lora.r, lora.alpha, lora.dropout, lora.target) if recipe.model.tune == "lora" else None,
-        critic=recipe.model.critic,
-        needs_reference=recipe.algorithm.kl_coef > 0,
-    )
-    return {"ppo": PPOTrainer, "a2c": A2CTrainer}[recipe.algorithm.name](
-        model=policy,
-        reward_funcs=rewards,
-        args=from_recipe(recipe),
-        train_dataset=train,
-        eval_dataset=held_out,
-        compute_metrics=caption_metrics(frequencies, held_out),
-    )
+    if os.environ.get("RANK", "0") == "0":
+        output.mkdir(parents=True, exist_ok=True)
+        recipe.dump(output / "recipe.yaml")
+        frequencies.save(output / "document_frequencies.json")
+    return output
 
 
 def rows_of(recipe, split: str, limit: int | None = None):
@@ -75,24 +104,27 @@ def rows_of(recipe, split: str, limit: int | None = None):
 
 
 def run_supervised(recipe) -> dict[str, Any]:
-    """The warm start alone; prints and saves the held-out metrics before and after it."""
-    if recipe.warm_start is None:
-        raise ValueError("the recipe has no section warm_start, which says how to train")
-    train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
-    output = Path(recipe.output.dir)
-    output.mkdir(parents=True, exist_ok=True)
-    recipe.dump(output / "recipe.yaml")
-    frequencies = DocumentFrequencies.from_references(train.references())
-    metrics = caption_metrics(frequencies, held_out)
+    """The warm start alone; prints and saves the held-out metrics before and after it. Errors as in `run`."""
     began = time.time()
+    with plain_errors():
+        if recipe.warm_start is None:
+            raise ValueError("the recipe has no section warm_start, which says how to train")
+        set_seed(recipe.seed)
+        train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
+        frequencies = DocumentFrequencies.from_references(train.references())
+        output = prepare_folder(recipe, frequencies)
+        metrics = caption_metrics(frequencies, held_out)
 
-    def scored(name: str):
-        policy = build_policy(*load_model(name, dtype=recipe.model.dtype), critic="none", needs_reference=False)
-        return evaluate(policy, held_out, metrics, recipe.eval.rows, recipe.rollout.max_completion_length)
+        def scored(name: str) -> Evaluation:
+            policy = build_policy(*load_model(name, dtype=recipe.model.dtype), critic="none", needs_reference=False)
+            return evaluate(policy, held_out, metrics, recipe.eval.rows, recipe.rollout.max_completion_length)
 
-    before = scored(recipe.model.name)
+        before = scored(recipe.model.name)
     after = scored(str(warm_start(recipe, train, output / "warm_start")))
-    return write_summary(output, held_out, before, after, time.time() - began)
+    summary = write_summary(output, held_out, before, after, time.time() - began)
+    Monitor(output, 0, trackers=(), progress=False).table(summary["before"], summary["after"], summary["difference"])
+    write_report(output)
+    return summary
 
 
 def caption_metrics(frequencies: DocumentFrequencies, rows) -> Metrics:
@@ -103,7 +135,7 @@ def caption_metrics(frequencies: DocumentFrequencies, rows) -> Metrics:
         def claims(caption: str, i: int) -> tuple[int, int]:
             return attribute_claims(caption, rows.scene(i))
 
-    def metrics(texts, opened):
+    def metrics(texts: list[str], opened: Sequence[dict[str, Any]], ended: list[bool]) -> dict[str, np.ndarray]:
         return score_captions(texts, [row["references"] for row in opened], frequencies, claims)
 
     return metrics

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 
 from mmft.algorithms.kl import AdaptiveKL, FixedKL
 from mmft.algorithms.masked import explained_variance
@@ -63,10 +64,12 @@ class PPOTrainer:
         compute_metrics: Metrics | None = None,
     ):
         self.config = args or self.config_class()
-        if not isinstance(self.config, self.config_class) or type(self.config) is not self.config_class:
+        if type(self.config) is not self.config_class:
             raise ValueError(f"{type(self).__name__} takes {self.config_class.__name__}, not {type(args).__name__}")
         if train_dataset is None or len(train_dataset) == 0:
             raise ValueError("train_dataset is empty; PPO needs rows with 'prompt' and 'image'")
+        if eval_dataset is not None and len(eval_dataset) == 0:
+            raise ValueError("eval_dataset is empty; leave it out to train without evaluation")
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         _require_columns(train_dataset, "train_dataset")
         self.reward_funcs = as_rewards(reward_funcs, self.config.reward_weights)
@@ -84,11 +87,14 @@ class PPOTrainer:
                 cache_bytes=self.config.cache_bytes,
             )
         # Accelerate takes the device from its launcher; a launch on CPU has to say so itself.
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        if self.config.prompts_per_step % self.accelerator.num_processes:
+        # Of a whole model some weights may take no part (a vision tower's last layer, read at the one before).
+        unused = DistributedDataParallelKwargs(find_unused_parameters=not hasattr(model.model, "peft_config"))
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
+        shares = self.accelerator.num_processes * self.config.num_mini_batches
+        if self.config.prompts_per_step % shares:
             raise ValueError(
-                f"prompts_per_step={self.config.prompts_per_step} cannot be shared by "
-                f"{self.accelerator.num_processes} processes"
+                f"prompts_per_step={self.config.prompts_per_step} cannot be shared evenly by "
+                f"{self.accelerator.num_processes} processes x {self.config.num_mini_batches} minibatches"
             )
         optimizer = torch.optim.AdamW(_parameter_groups(model, self.config), weight_decay=self.config.weight_decay)
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -97,6 +103,7 @@ class PPOTrainer:
         self.kl = AdaptiveKL(kl.kl_coef, kl.kl_target, kl.kl_horizon) if kl.kl_target else FixedKL(kl.kl_coef)
         self.run_dir = Path(self.config.output_dir)
         self._seconds: dict[str, float] = {}
+        self._begun: tuple[Evaluation | None, int] | None = None
 
     # ---------------------------------------------------------------- the loop
 
@@ -106,14 +113,9 @@ class PPOTrainer:
         Args:
             resume_from_checkpoint: a checkpoint folder, True for the run folder's last one, or None.
         """
-        began = time.time()
-        done = load_checkpoint(self, resume_from_checkpoint) if resume_from_checkpoint else 0
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        began, before, done = time.time(), *self.begin(resume_from_checkpoint)
         main = self.accelerator.is_main_process
         monitor = Monitor(self.run_dir, self.config.max_steps, main, self.config.report_to, resume_step=done or None)
-        selftest(self.policy, self.prompts(1)[0].select([0]), self.config.temperature)
-        # A policy without adapters is the reference itself before its first step.
-        before = self.evaluate(reference=hasattr(self.policy.model, "disable_adapter"))
         for step in range(done + 1, self.config.max_steps + 1):
             metrics = self.step(step)
             if self.config.eval_steps and step % self.config.eval_steps == 0 and step < self.config.max_steps:
@@ -129,11 +131,28 @@ class PPOTrainer:
             summary = write_summary(
                 self.run_dir, self.eval_dataset, before, after, time.time() - began, self.signatures()
             )
+            shown = [self.eval_dataset[i].get("image") for i in range(min(8, len(after.texts)))] if after else []
+            if shown and all(picture is not None for picture in shown):
+                monitor.log_images(self.config.max_steps, shown, after.texts)
             monitor.table(summary["before"], summary["after"], summary["difference"])
             write_report(self.run_dir)
         monitor.close()
         self.accelerator.wait_for_everyone()
         return summary
+
+    def begin(self, resume: str | Path | bool | None = None) -> tuple[Evaluation | None, int]:
+        """What comes before the first step: self-test, evaluation of the untrained policy, checkpoint.
+
+        Returns:
+            The evaluation before training, and the number of steps already done. Asked again, the same answer.
+        """
+        if self._begun is None:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with self.accelerator.autocast():
+                selftest(self.policy, self.prompts(1).select([0]), self.config.temperature)
+            before = self.evaluate()  # ahead of the checkpoint: adapters still add nothing
+            self._begun = before, load_checkpoint(self, resume) if resume else 0
+        return self._begun
 
     def step(self, step: int) -> dict[str, float]:
         """One RL step: stages 1 to 7. Returns its metrics."""
@@ -142,7 +161,7 @@ class PPOTrainer:
 
         # 1, 2. Rows and their pictures. 3. Responses, with log-probs and values as they fall out of sampling.
         with self._timed("rollout"):
-            prompts, _ = self.prompts(step)
+            prompts = self.prompts(step)
             with self.accelerator.autocast():
                 rollout = stages.sample(self.policy, prompts, config, config.seed * 1_000_003 + step)
         # 4. The reference's view of them: the same weights with the adapters off.
@@ -177,12 +196,14 @@ class PPOTrainer:
 
     # ---------------------------------------------------------------- rows
 
-    def prompts(self, step: int) -> tuple[PromptBatch, list[int]]:
+    def prompts(self, step: int) -> PromptBatch:
         """This process's prompts of a step. A function of (seed, step) alone, so a resumed run needs no cursor."""
         config, n = self.config, len(self.train_dataset)
         first = (step - 1) * config.prompts_per_step
         places = range(first, first + config.prompts_per_step)
-        mine = places[self.accelerator.process_index :: self.accelerator.num_processes]
+        # Runs of M = num_mini_batches rows in turns, so that each process holds its share of every minibatch.
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = [place for place in places if (place - first) // config.num_mini_batches % world == rank]
         indices, order = [], {}
         for place in mine:
             epoch = place // n
@@ -191,16 +212,12 @@ class PPOTrainer:
             indices.append(int(order[epoch][place % n]))
         rows = [self.train_dataset[i] for i in indices]
         ids = [f"{row.get('id', i)}@{place}" for row, i, place in zip(rows, indices, mine, strict=True)]
-        return self.policy.pictures.prompts(rows, ids, self.policy.device), indices
+        return self.policy.pictures.prompts(rows, ids, self.policy.device)
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, reference: bool = False) -> Evaluation | None:
-        """Greedy responses to the held-out rows and their metrics; None without an evaluation set.
-
-        Args:
-            reference: of the policy before training, by switching its adapters off.
-        """
+    def evaluate(self) -> Evaluation | None:
+        """Greedy responses to the held-out rows and their metrics; None without an evaluation set."""
         if self.eval_dataset is None:
             return None
         config = self.config
@@ -212,17 +229,18 @@ class PPOTrainer:
             config.max_completion_length,
             config.eval_batch,
             self.accelerator,
-            reference,
         )
 
-    def _reward_metrics(self, texts: list[str], rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    def _reward_metrics(
+        self, texts: list[str], rows: Sequence[dict[str, Any]], ended: list[bool]
+    ) -> dict[str, np.ndarray]:
         columns = {key: [row.get(key) for row in rows] for key in rows[0]}
         prompts = columns.pop("prompt", [""] * len(rows))
         conversational = [not isinstance(p, str) for p in prompts]
         completions = [
             [{"role": "assistant", "content": t}] if chat else t for t, chat in zip(texts, conversational, strict=True)
         ]
-        scores = self.reward_funcs(prompts=prompts, completions=completions, ended=[True] * len(texts), **columns)
+        scores = self.reward_funcs(prompts=prompts, completions=completions, ended=ended, **columns)
         return {"reward": np.asarray(scores.total)} | {f"reward/{k}": np.asarray(v) for k, v in scores.parts.items()}
 
     def signatures(self) -> dict[str, str]:

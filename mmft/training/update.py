@@ -24,15 +24,19 @@ def update(
     so neither the size of a microbatch nor the number of processes changes the gradient.
 
     Raises:
-        FloatingPointError: a loss or gradient is not finite on some process; no process has made the step.
+        FloatingPointError: a loss or gradient is not finite on some process; no process has applied that update.
     """
     group, mask = config.num_generations, rollout.responses.mask
     lengths = mask.sum(-1).view(-1, group).sum(-1)  # (B,) response tokens of each group
     order = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     metrics: dict[str, list[float]] = defaultdict(list)
     for epoch in range(config.num_ppo_epochs):
-        permutation = torch.randperm(len(lengths), generator=order)
-        for number, minibatch in enumerate(permutation.chunk(config.num_mini_batches)):
+        # Every M-th group makes a minibatch (rows come shuffled already, see `PPOTrainer.prompts`), so that it is
+        # made of the same rows however many processes share it; passes go through them in another order.
+        shuffled = torch.randperm(config.num_mini_batches, generator=order).tolist()
+        for number, first in enumerate(shuffled):
+            minibatch = torch.arange(first, len(lengths), config.num_mini_batches)
+            where = f"step {step}, pass {epoch + 1}, minibatch {number + 1}"
             # Groups of like length together: less padding in a packed row.
             minibatch = minibatch[lengths.cpu()[minibatch].argsort(descending=True)]
             tokens = accelerator.reduce(lengths[minibatch.to(lengths.device)].sum().float(), "sum")
@@ -40,11 +44,11 @@ def update(
             for i, micro in enumerate(micros):
                 # DDP averages gradients over processes; the losses are shares of a global mean, to be summed.
                 scale = accelerator.num_processes / tokens
-                with accelerator.autocast():
-                    loss, stats = microbatch_loss(policy, rollout, micro.tolist(), config, scale)
-                _require_finite(loss, accelerator, f"step {step}: the loss", rollout, micro.tolist())
                 last = i + 1 == len(micros)
-                with accelerator.no_sync(policy) if not last else nullcontext():
+                with nullcontext() if last else accelerator.no_sync(policy):
+                    with accelerator.autocast():
+                        loss, stats = microbatch_loss(policy, rollout, micro.tolist(), config, scale)
+                    _require_finite(loss, accelerator, f"{where}: the loss", rollout, micro.tolist())
                     accelerator.backward(loss)
                 for name, value in stats.items():
                     metrics[name].append(value)
@@ -54,7 +58,7 @@ def update(
                 [p for p in policy.parameters() if p.requires_grad], config.max_grad_norm
             )
             norm = torch.as_tensor(norm, dtype=torch.float32)
-            _require_finite(norm, accelerator, f"step {step}: the gradient", rollout, minibatch.tolist())
+            _require_finite(norm, accelerator, f"{where}: the gradient", rollout, minibatch.tolist())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             metrics["grad_norm"].append(float(norm))
@@ -128,6 +132,6 @@ def _require_finite(value: Tensor, accelerator, what: str, rollout: Rollout, gro
         return
     where = f"rows {', '.join(rollout.prompts.row_ids[g] for g in groups[:8])}" if bad.item() else "another process"
     raise FloatingPointError(
-        f"{what} is not finite (process {accelerator.process_index}; {where}); no weight was changed by this step. "
+        f"{what} is not finite (process {accelerator.process_index}; {where}); this update was not applied. "
         "Lower train.learning_rate, or look at the rewards of these rows"
     )

@@ -44,6 +44,7 @@ def generate(
     Returns:
         The responses, and log-probs, values and entropy as of sampling (at temperature 1 when greedy).
     """
+    _require_room(policy, prompts, max_new_tokens)
     if temperature > 0 and seed is None:
         raise ValueError("sampling needs a seed")
     uniforms = (
@@ -59,6 +60,17 @@ def generate(
         return _decode(policy, prompts, num_generations, max_new_tokens, temperature, uniforms)
     finally:
         policy.train(was_training)
+
+
+def _require_room(policy: Policy, prompts: PromptBatch, max_new_tokens: int) -> None:
+    room = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    lengths = prompts.prompt_mask.sum(-1)
+    if room is not None and int(lengths.max()) + max_new_tokens > room:
+        row = int(lengths.argmax())
+        raise ValueError(
+            f"row {prompts.row_ids[row]}: its prompt has {int(lengths[row])} tokens (pictures included), and with "
+            f"{max_new_tokens} of a response that is more than the model's {room}; shorten it, or use smaller pictures"
+        )
 
 
 def draws(row_ids: list[str], num_generations: int, length: int, seed: int | None) -> Tensor:
@@ -90,7 +102,7 @@ def _decode(policy, prompts, group, length, temperature, uniforms) -> tuple[Resp
         ids[active, t], mask[active, t] = token, True
         logprobs[active, t], entropy[active, t] = logprob, ent
         if policy.value_head is not None:
-            values[active, t] = policy.value_head(hidden)
+            values[active, t] = policy.value_head(hidden).to(values.dtype)
         stopped = torch.isin(token, ends)
         ended[active[stopped]] = True
         active, token = active[~stopped], token[~stopped]

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from mmft.vlm.families import FAMILIES, family_of
 from mmft.vlm.policy import Policy
 
 BUNDLED = {"scenes-vlm": Path(__file__).parent.parent / "assets" / "scenes_vlm"}
+
+# Not quantised: the head, whose logits are the policy, and the eyes, which are small and run once per picture.
+_IN_FULL = [
+    rf".*\b{n}" for n in ("lm_head", "vision_tower", "vision_model", "visual", "multi_modal_projector", "connector")
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,26 +53,31 @@ def load_model(name: str, quantize: str | None = None, dtype: str = "auto", devi
         options["dtype"] = DTYPES[dtype]
     if quantize is not None:
         options["quantization_config"] = _quantisation(quantize, options["dtype"])
-        options["device_map"] = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+        options["device_map"] = {"": device or _own_device()}
     try:
         processor = AutoProcessor.from_pretrained(folder)
         model = AutoModelForImageTextToText.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(_cannot_load(name, folder, error)) from error
     return model, processor
+
+
+def _own_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _quantisation(kind: str, dtype: Any):
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_IN_FULL)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=_IN_FULL,  # read for 4 bits as well, in spite of its name
     )
 
 

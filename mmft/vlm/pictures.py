@@ -13,12 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mmft.batch import PromptBatch, VisualRecord
 
 # Processor outputs that describe the text; everything else belongs to the pictures.
 _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "special_tokens_mask")
+# Those of them that positions are computed from; small, so they may be remembered.
+_POSITION_KEYS = ("image_grid_thw", "video_grid_thw")
+_TOWER_BYTES = 256 << 20  # of pixels per call of the tower
 _ZERO_WIDTH_SPACE = "\u200b"
 _PREPARED_ROWS = 65536  # prompts whose token ids are remembered; a few hundred bytes each
 
@@ -87,7 +91,7 @@ class Pictures:
         """
         if row.get("prompt") is None:
             raise ValueError(f"row {row_id}: no column 'prompt' (columns: {', '.join(sorted(row))})")
-        images = _images(row)
+        images = _images(row, row_id)
         key = _picture_key(images)
         text = self.render(row["prompt"], len(images), row_id)
         if key is not None and key in self._cached and (text, key) in self._prepared:
@@ -96,8 +100,8 @@ class Pictures:
         inputs = self._process(text, images, row_id)
         ids = inputs["input_ids"][0]
         visual = {k: v for k, v in inputs.items() if k not in _TEXT_KEYS and isinstance(v, Tensor)}
-        if key is not None:
-            self._prepared[(text, key)] = ids, {k: v for k, v in visual.items() if not v.is_floating_point()}
+        if key is not None and self.cache_bytes:
+            self._prepared[(text, key)] = ids, {k: v for k, v in visual.items() if k in _POSITION_KEYS}
             if len(self._prepared) > _PREPARED_ROWS:
                 self._prepared.popitem(last=False)
         return ids, VisualRecord(key, visual)
@@ -125,7 +129,9 @@ class Pictures:
             messages = [{"role": "user", "content": prompt}]
         else:
             messages = [dict(message) for message in prompt]
-        messages = [{**m, "content": self._parts(m["content"])} for m in messages]
+        if not messages or any(not isinstance(m.get("content"), str | list) or "role" not in m for m in messages):
+            raise ValueError(f"row {row_id}: a prompt is text, or a list of messages with 'role' and 'content'")
+        messages = [{**m, "content": self._parts(m["content"], row_id)} for m in messages]
         placed = sum(part["type"] == "image" for m in messages for part in m["content"])
         if placed == 0 and pictures:
             first = next((m for m in messages if m["role"] == "user"), messages[0])
@@ -138,12 +144,19 @@ class Pictures:
         parts = [token if part["type"] == "image" else part["text"] for m in messages for part in m["content"]]
         return "\n".join(parts) + "\n"
 
-    def _parts(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        return [
-            {"type": "text", "text": self.as_text(part["text"])} if part["type"] == "text" else {"type": "image"}
-            for part in parts
-        ]
+    def _parts(self, content: str | list[dict[str, Any]], row_id: str) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = []
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part.get("type") == "text" and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": self.as_text(part["text"])})
+            elif part.get("type") == "image":
+                parts.append({"type": "image"})
+            else:
+                raise ValueError(
+                    f"row {row_id}: a part of the prompt has type {part.get('type')!r}; expected 'text' with a text, "
+                    "or 'image' (the pictures themselves stand in the column 'image' or 'images')"
+                )
+        return parts
 
     def as_text(self, text: str) -> str:
         """User text in which nothing reads as a special token: an invisible space goes into any such marker.
@@ -172,11 +185,12 @@ class Pictures:
 
     # ---------------------------------------------------------------- the vision tower
 
-    def encode(self, batch: PromptBatch, keep: bool) -> None:
+    def encode(self, batch: PromptBatch, keep: bool, model: nn.Module | None = None) -> None:
         """Fills in ``features`` of every record, each distinct picture once.
 
         Args:
             keep: the tower is frozen: take and leave features in the cache that lasts across steps.
+            model: whose tower; the policy's by default.
         """
         waiting: dict[str, list[VisualRecord]] = {}
         for number, record in enumerate(batch.visuals):
@@ -193,18 +207,22 @@ class Pictures:
             shape = tuple((k, tuple(v.shape), str(v.dtype)) for k, v in sorted(same[0].tensors.items()))
             by_shape.setdefault(shape, []).append(same)
         for alike in by_shape.values():
-            for same, features in zip(alike, self._tower([s[0] for s in alike]), strict=True):
+            for same, features in zip(alike, self._tower([s[0] for s in alike], model or self.model), strict=True):
                 self.encoded += 1
                 for record in same:
                     record.features = features
                 if keep:
                     self._remember(same[0].key, features)
 
-    def _tower(self, records: list[VisualRecord]) -> list[dict[str, list[Any]]]:
-        """Features of records whose tensors have equal shapes, in one call of the tower."""
-        device = next(self.model.parameters()).device
+    def _tower(self, records: list[VisualRecord], model: nn.Module) -> list[dict[str, list[Any]]]:
+        """Features of records whose tensors have equal shapes, a bounded number of them per call of the tower."""
+        size = sum(t.numel() * t.element_size() for t in records[0].tensors.values())
+        most = max(1, _TOWER_BYTES // max(size, 1))
+        if len(records) > most:
+            return self._tower(records[:most], model) + self._tower(records[most:], model)
+        device = next(model.parameters()).device
         inputs = {k: torch.cat([r.tensors[k] for r in records]).to(device) for k in records[0].tensors}
-        output = backbone(self.model).get_image_features(**inputs, return_dict=True)
+        output = backbone(model).get_image_features(**inputs, return_dict=True)
         pooled = list(output.pooler_output)
         each = len(pooled) // len(records)
         if each * len(records) != len(pooled):
@@ -264,13 +282,20 @@ def check_placeholders(batch: PromptBatch, image_token_id: int | None) -> None:
             )
 
 
-def _images(row: Mapping[str, Any]) -> list[Any]:
+def _images(row: Mapping[str, Any], row_id: str) -> list[Image.Image]:
     images = row.get("images")
     if images is None:
         images = row.get("image")
     if images is None:
         return []
-    return list(images) if isinstance(images, list | tuple) else [images]
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"row {row_id}: a picture is {type(image).__name__}, expected PIL.Image.Image; "
+                "mmft.data.load_rows opens paths"
+            )
+    return images
 
 
 def _picture_key(images: list[Any]) -> str | None:
@@ -279,6 +304,8 @@ def _picture_key(images: list[Any]) -> str | None:
         return None
     digest = hashlib.sha1(usedforsecurity=False)
     for image in images:
+        # A palette is part of the picture, and its indices are not: hash what is seen.
+        image = image if image.mode in ("RGB", "L") else image.convert("RGBA")
         digest.update(f"{image.mode}{image.size}".encode())
         digest.update(image.tobytes())
     return digest.hexdigest()

@@ -6,11 +6,13 @@ positions, masks and the placing of picture features are left to the model's own
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import GenerationConfig
 
 from mmft.batch import PromptBatch, Responses, TokenOutputs
 from mmft.vlm.pictures import backbone
@@ -58,16 +60,20 @@ def plain_generate(
     was_training = policy.training
     policy.eval()
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
-        torch.manual_seed(seed or 0)
+        torch.manual_seed(row_seed(prompts.row_ids, seed))
         written = policy.model.generate(
             input_ids=ids,
             attention_mask=mask.long(),
             **_visual_inputs(policy, prompts, ids, group),
-            **sampling,
-            max_new_tokens=length,
-            suppress_tokens=policy.banned.nonzero().flatten().tolist() or None,
-            pad_token_id=pad_id,
-            eos_token_id=policy.end_ids,
+            # A configuration of its own: the checkpoint's may hold a repetition penalty or a top-k, and then the
+            # distribution sampled from would not be the one that log-probs are of.
+            generation_config=GenerationConfig(
+                **sampling,
+                max_new_tokens=length,
+                suppress_tokens=policy.banned_ids.tolist() or None,
+                pad_token_id=pad_id,
+                eos_token_id=policy.end_ids,
+            ),
         )[:, ids.shape[1] :]
     is_end = torch.isin(written, torch.tensor(policy.end_ids, device=written.device))
     response_mask = is_end.long().cumsum(-1) - is_end.long() == 0
@@ -76,6 +82,12 @@ def plain_generate(
         outputs = policy(prompts, responses, temperature or 1.0, entropy=True)
     policy.train(was_training)
     return responses, outputs
+
+
+def row_seed(row_ids: list[str], seed: int | None) -> int:
+    """One seed for a batch, different for other rows: `generate` draws for the whole batch from one stream."""
+    digest = hashlib.blake2b("\n".join([str(seed), *row_ids]).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _visual_inputs(policy, prompts: PromptBatch, ids: Tensor, group: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ every use. The reference policy is the same weights with the adapters switched o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -36,7 +37,8 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
 
 
 class Policy(nn.Module):
@@ -73,6 +75,7 @@ class Policy(nn.Module):
         # The plain path takes raw pixels for every response, so it remembers no features.
         cache_bytes = cache_bytes if self.shared_prefix else 0
         self.pictures = Pictures(model, processor, self.family.positions, cache_bytes)
+        self.tower_frozen = not any(p.requires_grad for p in _sight(model))
         self.end_ids = end_tokens(model, self.tokenizer)
         self.register_buffer("banned", torch.zeros(self.head.weight.shape[0], dtype=torch.bool), persistent=False)
         self.register_buffer("banned_ids", torch.zeros(0, dtype=torch.long), persistent=False)
@@ -92,11 +95,11 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.banned.device
 
-    @property
-    def tower_frozen(self) -> bool:
-        """No gradient reaches the pictures' features, so they may be kept across steps and need no graph."""
-        towers = ("vision", "visual", "projector", "connector", "merger", "tower")
-        return not any(p.requires_grad and any(t in n for t in towers) for n, p in self.model.named_parameters())
+    def to(self, *args, **kwargs) -> Policy:
+        """As `nn.Module.to`; the reference copy comes along, though it is no part of the module."""
+        for reference in self._reference:
+            reference.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
 
     def forward(
         self,
@@ -136,16 +139,23 @@ class Policy(nn.Module):
             raise ValueError("no reference policy: the model has no adapters to switch off and no second copy")
         return _AdaptersOff(self.model)
 
-    def features(self, prompts: PromptBatch) -> dict[str, Any] | None:
-        """The batch's pictures, encoded (once: records remember)."""
+    def features(self, prompts: PromptBatch, model: nn.Module | None = None) -> dict[str, Any] | None:
+        """The batch's pictures, encoded by ``model``'s tower (the policy's by default).
+
+        A frozen tower is asked once: records and cache remember. A tower that is trained is asked every time, and
+        the reference copy has a tower of its own.
+        """
         if self.tower_frozen:
             with torch.no_grad():
                 self.pictures.encode(prompts, keep=True)
-        else:
-            for record in prompts.visuals:
-                record.features = None  # of an older tower, or of a graph already freed
-            self.pictures.encode(prompts, keep=False)
-        return joined_features(prompts)
+            return joined_features(prompts)
+        for record in prompts.visuals:
+            record.features = None  # of an older tower, of the other model, or of a graph already freed
+        self.pictures.encode(prompts, keep=False, model=model)
+        features = joined_features(prompts)
+        for record in prompts.visuals:
+            record.features = None
+        return features
 
     def _predictors(self, model: nn.Module, prompts: PromptBatch, responses: Responses) -> tuple[Tensor, Tensor]:
         """The hidden states (M, H) from which the M real response tokens are predicted, and those tokens (M,)."""
@@ -158,7 +168,7 @@ class Policy(nn.Module):
             input_ids=packed.ids,
             attention_mask=block_mask(packed, model.dtype),
             position_ids=packed.positions,
-            mm_encoder_outputs=self.features(prompts),
+            mm_encoder_outputs=self.features(prompts, model),
             use_cache=False,
         ).last_hidden_state
         return hidden.flatten(0, 1)[packed.predictor], packed.targets
@@ -192,7 +202,9 @@ class Policy(nn.Module):
         # In place: nobody else holds the head's output, and a copy of it is the largest array of the update.
         return logits.index_fill_(-1, self.banned_ids, float("-inf"))
 
-    def _score(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _score(
+        self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         logits = self.logits(hidden, temperature)
         logprobs = -cross_entropy(logits, targets, reduction="none")
         if not entropy:
@@ -200,6 +212,12 @@ class Policy(nn.Module):
         everything = logits.log_softmax(-1)
         # 0 log 0 = 0, for the banned tokens; masked before the product, or its gradient would be NaN.
         return logprobs, -(everything.exp() * everything.masked_fill(self.banned, 0.0)).sum(-1)
+
+
+def _sight(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that the pictures' features depend on: vision tower and connector."""
+    towers = ("vision", "visual", "projector", "connector", "merger", "tower")
+    return (p for name, p in model.named_parameters() if any(t in name for t in towers))
 
 
 class _AdaptersOff:

@@ -81,5 +81,7 @@ def block_mask(packed: Packed, dtype: torch.dtype) -> Tensor:
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """Bool (B, Q, K) -> additive (B, 1, Q, K). The lowest finite number, not -inf: a padding query with nothing to
     look at then gives an unused number instead of NaN."""
+    if torch.is_autocast_enabled(allowed.device.type):
+        dtype = torch.get_autocast_dtype(allowed.device.type)  # fp32's lowest number would become -inf there
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]

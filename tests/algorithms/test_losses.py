@@ -51,9 +51,7 @@ def test_ppo_by_hand():
 def test_ppo_equals_its_definition_on_ragged_rows(cliprange, low, high):
     new, old, advantages, mask = random_batch()
     expected = ppo_by_definition(new, old, advantages, mask, low, high)
-    assert ppo_policy_loss(new, old, advantages, mask, cliprange)[0].item() == pytest.approx(
-        expected, abs=1e-14
-    )
+    assert ppo_policy_loss(new, old, advantages, mask, cliprange)[0].item() == pytest.approx(expected, abs=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +195,7 @@ def test_losses_keep_the_dtype():
 
 
 def test_entropy_by_hand():
-    logits = torch.tensor(
-        [[0.0, 0.0, 0.0, 0.0], [math.log(3), 0.0, -INF, -INF], [5.0, -INF, -INF, -INF]], dtype=F64
-    )
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(3), 0.0, -INF, -INF], [5.0, -INF, -INF, -INF]], dtype=F64)
     # Uniform over 4: ln 4. (3/4, 1/4): ln 4 - 0.75 ln 3. One choice: 0.
     expected = torch.tensor([math.log(4), math.log(4) - 0.75 * math.log(3), 0.0], dtype=F64)
     torch.testing.assert_close(entropy_from_logits(logits), expected, atol=1e-15, rtol=0)
@@ -207,9 +203,7 @@ def test_entropy_by_hand():
 
 def test_entropy_does_not_move_with_a_constant_and_survives_extremes():
     logits = torch.tensor([1.0, 2.0, -1.0], dtype=F64)
-    assert entropy_from_logits(logits + 1e4).item() == pytest.approx(
-        entropy_from_logits(logits).item(), abs=1e-11
-    )
+    assert entropy_from_logits(logits + 1e4).item() == pytest.approx(entropy_from_logits(logits).item(), abs=1e-11)
     assert entropy_from_logits(torch.tensor([1e4, 0.0, -1e4])).item() == 0.0
 
 

@@ -35,17 +35,13 @@ def by_definition(rewards, values, mask, gamma, lam):
         for t in range(length):
             future = range(length - t)
             out[0, n, where[t]] = sum(gamma**k * r[t + k] for k in future)
-            out[1, n, where[t]] = sum(
-                (gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k]) for k in future
-            )
+            out[1, n, where[t]] = sum((gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k]) for k in future)
             # Sutton & Barto eq. 12.3: n-step returns weighted by (1 - lam) lam^(n-1); the full return takes the rest.
             n_step = [
-                sum(gamma**k * r[t + k] for k in range(m)) + gamma**m * v[t + m]
-                for m in range(1, length - t + 1)
+                sum(gamma**k * r[t + k] for k in range(m)) + gamma**m * v[t + m] for m in range(1, length - t + 1)
             ]
             out[2, n, where[t]] = (
-                sum((1 - lam) * lam**m * g for m, g in enumerate(n_step[:-1]))
-                + lam ** (length - t - 1) * n_step[-1]
+                sum((1 - lam) * lam**m * g for m, g in enumerate(n_step[:-1])) + lam ** (length - t - 1) * n_step[-1]
             )
     return out
 
@@ -98,9 +94,7 @@ def test_lam_one_is_the_return_whatever_the_critic_says():
 def test_lam_zero_is_the_td_error():
     rewards, values, mask = ragged()
     advantages, _ = gae(rewards, values, mask, 0.9, 0.0)
-    assert advantages[0, 2].item() == pytest.approx(
-        (rewards[0, 2] + 0.9 * values[0, 3] - values[0, 2]).item()
-    )
+    assert advantages[0, 2].item() == pytest.approx((rewards[0, 2] + 0.9 * values[0, 3] - values[0, 2]).item())
     assert advantages[0, -1].item() == pytest.approx((rewards[0, -1] - values[0, -1]).item())
 
 

@@ -41,9 +41,7 @@ def test_score_of_an_empty_response_is_not_read():
 
 def test_a_masked_token_inside_is_skipped():
     mask = torch.tensor([[True, False, True, False, False]])
-    rewards = token_rewards(
-        torch.tensor([5.0], dtype=torch.float64), tensor([1.0, NAN, 2.0, NAN, NAN]), mask, 1.0
-    )
+    rewards = token_rewards(torch.tensor([5.0], dtype=torch.float64), tensor([1.0, NAN, 2.0, NAN, NAN]), mask, 1.0)
     assert rewards.tolist() == [[-1.0, 0.0, 3.0, 0.0, 0.0]]
 
 

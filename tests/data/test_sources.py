@@ -58,21 +58,14 @@ def test_folder_groups_captions_in_the_order_of_the_list(folder):
     assert row["id"] == "c.png" and row["prompt"] == "Describe the picture."
     assert row["image"].mode == "RGB" and row["image"].size == (4, 3)
     text = rows.text(1)
-    assert (
-        "image" not in text
-        and text["picture"] == "a.png"
-        and text["references"] == ["a, text 0", "a, text 1"]
-    )
+    assert "image" not in text and text["picture"] == "a.png" and text["references"] == ["a, text 0", "a, text 1"]
     assert [row["id"] for row in rows[1:]] == ["a.png"] and rows[-1]["id"] == "a.png"
     assert [row["id"] for row in rows] == ["c.png", "a.png"]
 
 
 def test_limit_and_prompt(folder):
     rows = load_rows(str(folder), "train", limit=1, prompt="What is it?")
-    assert (
-        len(rows) == 1
-        and rows[0]["prompt"] == rows.text(0)["prompt"] == rows[:1][0]["prompt"] == "What is it?"
-    )
+    assert len(rows) == 1 and rows[0]["prompt"] == rows.text(0)["prompt"] == rows[:1][0]["prompt"] == "What is it?"
     assert rows.references() == [["c, text 0", "c, text 1"]]
     assert "at least 1" in error(folder, limit=0)
 
@@ -92,10 +85,7 @@ def test_a_folder_without_lists_is_split_by_name(folder):
         save(folder / "images" / f"{index}.png")
         lines.append(f"{index}.png,picture {index}")
     (folder / "captions.csv").write_text("\n".join(lines))
-    before = {
-        split: {row["id"] for row in load_rows(str(folder), split)}
-        for split in ("train", "validation", "test")
-    }
+    before = {split: {row["id"] for row in load_rows(str(folder), split)} for split in ("train", "validation", "test")}
     assert sum(map(len, before.values())) == 60 and len(set.union(*before.values())) == 60
     assert len(before["train"]) > 36 and before["validation"] and before["test"]
     save(folder / "images" / "new.png")
@@ -222,9 +212,7 @@ def test_missing_things_are_named(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no captions file; expected one of captions.csv" in error(tmp_path / "empty")
     (folder / "train.txt").write_text("a.png\nq.png\n")
-    assert (
-        "q.png" in error(folder) and "have no captions" in error(folder) and "captions.csv" in error(folder)
-    )
+    assert "q.png" in error(folder) and "have no captions" in error(folder) and "captions.csv" in error(folder)
     (folder / "train.txt").write_text("\n")
     assert "split 'train' is empty" in error(folder)
 
@@ -232,11 +220,7 @@ def test_missing_things_are_named(folder, tmp_path):
 def test_pictures_that_captions_name_must_exist(folder):
     (folder / "images" / "a.png").unlink()
     message = error(folder)
-    assert (
-        message.startswith("1 of 2 rows cannot be used")
-        and "row a.png" in message
-        and "does not exist" in message
-    )
+    assert message.startswith("1 of 2 rows cannot be used") and "row a.png" in message and "does not exist" in message
     assert len(load_rows(str(folder), "test")) == 1  # the other split is whole
 
 
@@ -245,9 +229,7 @@ def test_no_more_than_ten_bad_rows_are_listed(folder):
     (folder / "captions.csv").write_text("image,caption\n" + "".join(f"{name},words\n" for name in names))
     (folder / "train.txt").write_text("\n".join(names))
     message = error(folder)
-    assert (
-        message.startswith("25 of 25") and message.count("does not exist") == 10 and "and 15 more" in message
-    )
+    assert message.startswith("25 of 25") and message.count("does not exist") == 10 and "and 15 more" in message
 
 
 @pytest.mark.parametrize(
@@ -422,9 +404,7 @@ def test_paths_out_of_the_folder_are_refused(folder, tmp_path):
     assert "row a.png" in error(folder) and "outside of" in error(folder)
     for name in ("../../secret.png", str(tmp_path / "secret.png"), "/dev/zero", "file:///x.png", "a\0b", ""):
         with pytest.raises(ValueError, match="is refused"):
-            PictureRows([{"id": "1", "prompt": "", "picture": name, "references": ["x"]}], folder / "images")[
-                0
-            ]
+            PictureRows([{"id": "1", "prompt": "", "picture": name, "references": ["x"]}], folder / "images")[0]
 
 
 def test_a_link_that_stays_inside_is_fine(folder):

@@ -114,14 +114,8 @@ def test_captions_of_the_built_in_world_end_well():
     """A function word that ends real references would make the measure useless."""
     from mmft.data import scenes
 
-    texts = [
-        text
-        for seed in list(scenes.SPLITS["train"])[:100]
-        for text in scenes.captions(scenes.make_scene(seed))
-    ]
-    found = score_captions(
-        texts, [[text] for text in texts], DocumentFrequencies.from_references([[t] for t in texts])
-    )
+    texts = [text for seed in list(scenes.SPLITS["train"])[:100] for text in scenes.captions(scenes.make_scene(seed))]
+    found = score_captions(texts, [[text] for text in texts], DocumentFrequencies.from_references([[t] for t in texts]))
     assert found["bad_ending"].mean() == 0.0
 
 

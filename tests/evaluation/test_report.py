@@ -149,9 +149,7 @@ def test_damaged_files(tmp_path):
     (run / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n[1]\nnonsense\n")
     steps = ['{"step": 1, "reward": NaN}', '{"step": 2, "kl": Infinity, "reward": 1}', '{"x": 1}']
     (run / "metrics.jsonl").write_text("\n".join(steps))
-    (run / "summary.json").write_text(
-        '{"before": {"reward": {"mean": NaN}}, "after": {"reward": {"mean": 1.0}}}'
-    )
+    (run / "summary.json").write_text('{"before": {"reward": {"mean": NaN}}, "after": {"reward": {"mean": 1.0}}}')
     page = Page(write_report(run))
     assert not page.all("img")
     assert page.text.count("no picture") == 1  # row 3; only samples with a picture file are shown

@@ -115,9 +115,7 @@ def test_many_pictures_at_once_survive_table_growth():
     # thousands of nodes appended in pieces force the hash table to grow and keys to move
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(0, 300, 12))) for _ in range(1500)]
-    cider = CiderD(
-        DocumentFrequencies.from_references([[t] for t in texts[:700]], tokenizer="whitespace"), eos=False
-    )
+    cider = CiderD(DocumentFrequencies.from_references([[t] for t in texts[:700]], tokenizer="whitespace"), eos=False)
     for start in range(0, 1500, 100):
         part = texts[start : start + 100]
         np.testing.assert_allclose(cider.score(part, [[t] for t in part]), 10.0, atol=1e-9)
@@ -134,9 +132,7 @@ def test_smoothed_bleu_by_hand():
 
 def test_bleu_counts_are_clipped_by_the_reference_that_has_most():
     # "the" three times, at most twice in one reference: Papineni's example in small
-    assert Bleu(1).score(["the the the"], [["the cat the", "the the the the on"][:1]])[0] == pytest.approx(
-        2 / 3
-    )
+    assert Bleu(1).score(["the the the"], [["the cat the", "the the the the on"][:1]])[0] == pytest.approx(2 / 3)
 
 
 def test_closest_reference_length_takes_the_shorter_on_a_tie():

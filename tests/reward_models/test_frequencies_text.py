@@ -124,9 +124,7 @@ def test_signature_names_what_a_score_depends_on():
 def test_completion_text_reads_the_last_message():
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a dog"}]
     assert completion_text(chat) == "a dog"
-    parts = [
-        {"role": "assistant", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "dog"}]}
-    ]
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "dog"}]}]
     assert completion_text(parts) == "a dog"
     with pytest.raises(TypeError):
         completion_text(3)

@@ -52,9 +52,7 @@ def test_bad_values_are_refused_naming_the_reward(returned):
 
 def test_bad_value_names_row_and_id():
     with pytest.raises(ValueError, match=r"'broken', row 1 \(id 'b7'\)"):
-        WeightedRewards([("broken", constant([1.0, float("nan")]), 1.0)])(
-            completions=["a", "b"], id=["b6", "b7"]
-        )
+        WeightedRewards([("broken", constant([1.0, float("nan")]), 1.0)])(completions=["a", "b"], id=["b6", "b7"])
 
 
 def test_misaligned_column_is_refused():
@@ -62,9 +60,7 @@ def test_misaligned_column_is_refused():
         WeightedRewards([("x", constant([1.0, 2.0]), 1.0)])(completions=["a", "b"], references=[["r"]])
 
 
-@pytest.mark.parametrize(
-    "parts", [[], [("x", constant([]), float("nan"))], [("x", 3, 1)], [("x", constant([]), "1")]]
-)
+@pytest.mark.parametrize("parts", [[], [("x", constant([]), float("nan"))], [("x", 3, 1)], [("x", constant([]), "1")]])
 def test_bad_parts_are_refused_at_once(parts):
     with pytest.raises(ValueError):
         WeightedRewards(parts)
@@ -77,9 +73,7 @@ def test_names_must_differ():
 
 def test_metrics_are_trl_functions_for_plain_and_conversational_completions():
     for metric in (CiderD(DF), Bleu(2)):
-        plain = metric(
-            prompts=["p"] * 2, completions=["a dog", "bus"], references=REFS, completion_ids=[[1], [2]]
-        )
+        plain = metric(prompts=["p"] * 2, completions=["a dog", "bus"], references=REFS, completion_ids=[[1], [2]])
         assert isinstance(plain, list) and all(isinstance(value, float) for value in plain)
         assert plain == metric(prompts=["p"] * 2, completions=CHAT, references=REFS, trainer_state=None)
         assert plain == metric.score(["a dog", "bus"], REFS).tolist()
@@ -88,9 +82,7 @@ def test_metrics_are_trl_functions_for_plain_and_conversational_completions():
 
 def test_ended_reaches_the_metric():
     scores = [
-        build_rewards([{"name": "cider_d"}], DF)(
-            completions=["a red bus"], references=[["a red bus"]], ended=[e]
-        )
+        build_rewards([{"name": "cider_d"}], DF)(completions=["a red bus"], references=[["a red bus"]], ended=[e])
         for e in (True, False)
     ]
     assert scores[0].total[0] > scores[1].total[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mmft.training.config import A2CConfig, PPOConfig
 from mmft.training.trainer import A2CTrainer, PPOTrainer
@@ -32,7 +34,8 @@ def trainer_of(
     tiny_model, folder, reward=count_wanted, dataset=None, cls=PPOTrainer, config_class=PPOConfig, **options
 ):
     torch.manual_seed(0)
-    model, processor = load_model(str(tiny_model("llava")), options.pop("quantize", None), options.pop("dtype", "auto"))
+    name = options.pop("model", None) or str(tiny_model("llava"))
+    model, processor = load_model(name, options.pop("quantize", None), options.pop("dtype", "auto"))
     adapters = None if options.pop("full", False) else lora_config(model, r=4)
     shared_prefix = options.pop("shared_prefix", None)
     policy = build_policy(model, processor, adapters, options.get("critic", "head"), shared_prefix=shared_prefix)
@@ -131,7 +134,7 @@ def test_run_folder_holds_what_others_rely_on(tiny_model, tmp_path):
     base, processor = load_model(trainer.policy.model.get_base_model().config._name_or_path)
     again = build_policy(PeftModel.from_pretrained(base, tmp_path / "adapter"), processor)
     again.value_head.load_state_dict(load_file(tmp_path / "value_head.safetensors"))
-    prompts, _ = trainer.prompts(1)
+    prompts = trainer.prompts(1)
     from mmft.vlm.generate import generate
 
     one, other = (generate(p, prompts, 2, 6, seed=1) for p in (trainer.policy.eval(), again))
@@ -149,7 +152,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_model, tmp_pat
         return (logprobs * float("nan") if torch.is_grad_enabled() else logprobs), entropy
 
     trainer.policy.token_logprobs = poisoned
-    with pytest.raises(FloatingPointError, match=r"step 1: the loss is not finite .*rows r\d"):
+    with pytest.raises(FloatingPointError, match=r"step 1, pass 1, minibatch 1: the loss is not finite .*rows r\d"):
         trainer.step(1)
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
 
@@ -163,7 +166,7 @@ def test_rewards_get_trl_arguments_in_trl_forms(tiny_model, tmp_path):
 
     chat = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows()]
     trainer_of(tiny_model, tmp_path, reward=spy, dataset=chat).step(1)
-    assert len(seen["completions"]) == len(seen["wanted"]) == len(seen["image"]) == 12
+    assert len(seen["completions"]) == len(seen["wanted"]) == len(seen["image"]) == len(seen["completion_ids"]) == 12
     assert seen["completions"][0][0]["role"] == "assistant" and seen["prompts"][0][0]["role"] == "user"
     assert seen["wanted"][:3] == [seen["wanted"][0]] * 3  # a group's responses stand together
 
@@ -223,9 +226,110 @@ def test_every_weight_can_be_trained_against_a_copy_and_resumed(tiny_model, tmp_
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(trainer).items())
 
 
+def wider(tiny: Path, folder: Path) -> Path:
+    """A tiny model with a decoder wide enough for blocks of 64 four-bit weights."""
+    config = AutoConfig.from_pretrained(tiny)
+    config.text_config.update({"hidden_size": 128, "intermediate_size": 256, "head_dim": 32})
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    AutoProcessor.from_pretrained(tiny).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantize": "nf4"}, {"quantize": "int8"}], ids=str)
 def test_half_and_quantised_weights_train(tiny_model, tmp_path, options):
-    trainer = trainer_of(tiny_model, tmp_path, max_steps=2, **options)
+    trainer = trainer_of(lambda family: wider(tiny_model(family), tmp_path / "model"), tmp_path, max_steps=2, **options)
     before = weights(trainer)
     trainer.train()
     assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def test_the_reference_copy_has_its_own_eyes(tiny_model, tmp_path):
+    """With every weight trained, the reference reads pictures with its own frozen tower, on both paths."""
+    for shared_prefix in (None, False):
+        trainer = trainer_of(tiny_model, tmp_path, full=True, shared_prefix=shared_prefix)
+        policy, prompts = trainer.policy, trainer.prompts(1)
+        from mmft.vlm.generate import generate
+
+        responses, _ = generate(policy, prompts, 2, 5, seed=0)
+        before = policy(prompts, responses, reference=True).logprobs
+        with torch.no_grad():
+            for name, parameter in policy.model.named_parameters():
+                if "vision_tower" in name or "projector" in name:
+                    parameter.add_(torch.randn_like(parameter))
+            after = policy(prompts, responses, reference=True).logprobs
+            moved = policy(prompts, responses).logprobs
+        assert torch.equal(before, after)
+        assert (moved - before).abs().max() > 1e-2
+
+
+def test_mixed_precision_trains_with_the_value_head_in_full(tiny_model, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    try:
+        trainer = trainer_of(tiny_model, tmp_path, max_steps=2)
+        assert trainer.accelerator.mixed_precision == "bf16"
+        trainer.train()
+        with trainer.accelerator.autocast():
+            prompts = trainer.prompts(1)
+            from mmft.vlm.generate import generate
+
+            _, sampled = generate(trainer.policy, prompts, 2, 4, seed=0)
+        assert sampled.values.dtype == torch.float32
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_dropout_and_a_plain_first_picture_pass_the_self_test(tiny_model, tmp_path):
+    plain = [{**row, "image": Image.new("RGB", (32, 32))} for row in rows()]
+    trainer = trainer_of(tiny_model, tmp_path, dataset=plain)
+    for module in trainer.policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    trainer.begin()
+
+
+def test_minibatches_are_as_many_as_asked(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="prompts_per_step=4 is not divisible by num_mini_batches=3"):
+        trainer_of(tiny_model, tmp_path, num_mini_batches=3)
+    trainer = trainer_of(tiny_model, tmp_path, num_mini_batches=4, num_ppo_epochs=1)
+    steps = []
+    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    trainer.step(1)
+    assert len(steps) == 4
+
+
+def test_resume_names_what_differs(tiny_model, tmp_path):
+    trainer_of(tiny_model, tmp_path, max_steps=1, save_steps=1).train()
+    with pytest.raises(ValueError, match="made with seed 0, this run has seed 5"):
+        trainer_of(tiny_model, tmp_path, seed=5).begin(True)
+    with pytest.raises(ValueError, match="made with critic head, this run has critic none"):
+        trainer_of(tiny_model, tmp_path, critic="none").begin(True)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        trainer_of(tiny_model, tmp_path / "new").begin(True)
+
+
+def test_rows_that_cannot_be_read_are_named(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path)
+
+    def prompts(**row):
+        return trainer.policy.pictures.prompts([row], ["r9"], torch.device("cpu"))
+
+    with pytest.raises(ValueError, match="row r9: a picture is str, expected PIL"):
+        prompts(prompt="a", image="picture.jpg")
+    with pytest.raises(ValueError, match="row r9: a prompt is text, or a list of messages"):
+        prompts(prompt=[{"role": "user", "content": None}])
+    with pytest.raises(ValueError, match="row r9: a part of the prompt has type 'image_url'"):
+        prompts(prompt=[{"role": "user", "content": [{"type": "image_url"}]}])
+    with pytest.raises(ValueError, match="row r9: its prompt has .* more than the model's"):
+        from mmft.vlm.generate import generate
+
+        generate(trainer.policy, prompts(prompt="long " * 2000, image=rows(1)[0]["image"]), 1, 4, temperature=0.0)
+
+
+def test_settings_out_of_their_choices_are_refused():
+    with pytest.raises(ValueError, match="lr_scheduler_type='lineer': expected one of constant, linear, cosine"):
+        PPOConfig(lr_scheduler_type="lineer")
+    with pytest.raises(ValueError, match="critic='heads'"):
+        PPOConfig(critic="heads")

@@ -19,14 +19,14 @@ def run(folder: Path, model: Path, processes: int) -> tuple[dict, dict[str, torc
     folder.mkdir()
     paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     command = [
         *(launcher if processes > 1 else [sys.executable]),
         str(HERE / "two_processes.py"),
         str(folder),
         str(model),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "metrics.json").read_text()), load_file(folder / "weights.safetensors")
 
@@ -39,6 +39,9 @@ def test_two_processes_are_one(tiny_model, tmp_path):
     first, second = one["steps"], two["steps"]
     for key in ("reward", "response_length"):  # the very same responses: sampling is seeded per row
         assert [s[key] for s in first] == pytest.approx([s[key] for s in second], abs=1e-6)
+    for key in ("kl", "policy_loss"):
+        assert [s[key] for s in first] == pytest.approx([s[key] for s in second], abs=1e-4)
     assert first[0]["grad_norm"] == pytest.approx(second[0]["grad_norm"], rel=1e-3)
     for name, value in weights.items():
-        torch.testing.assert_close(value, others[name], atol=1e-3, rtol=0)
+        # Far below a step of AdamW (1e-3), above the rounding that AdamW enlarges where gradients are tiny.
+        torch.testing.assert_close(value, others[name], atol=1e-4, rtol=0)

@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 from test_trainer import trainer_of, weights
 
 folder, model = Path(sys.argv[1]), Path(sys.argv[2])
-trainer = trainer_of(lambda family: model, folder / "run", num_mini_batches=1)
+trainer = trainer_of(lambda family: model, folder / "run", num_mini_batches=2, micro_prompts=1)
 metrics = [trainer.step(step) for step in (1, 2)]
 if trainer.accelerator.is_main_process:
     save_file({name: value.contiguous() for name, value in weights(trainer).items()}, folder / "weights.safetensors")
     kept = ("reward", "kl", "policy_loss", "response_length", "grad_norm")
     numbers = [{key: m[key] for key in kept} for m in metrics]
     (folder / "metrics.json").write_text(json.dumps({"processes": trainer.accelerator.num_processes, "steps": numbers}))
+trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
