@@ -35,9 +35,9 @@ def before_after(run: Path, out: Path, count: int = 4) -> None:
             f"{side}  (CIDEr-D {sample[f'scores_{side}']['cider_d']:.2f})\n" + textwrap.fill(sample[side], 38) + "\n"
             for side in ("before", "after")
         )
-        axis.text(0, 1.04, text, transform=axis.transAxes, va="top", fontsize=8.5, linespacing=1.25).set_y(-0.05)
+        axis.text(0, 1.04, text, transform=axis.transAxes, va="top", fontsize=8.5, linespacing=1.25).set_y(-0.04)
     figure.tight_layout()
-    figure.savefig(out / "before_after.png", dpi=110)
+    figure.savefig(out / "before_after.png", dpi=110, bbox_inches="tight")
 
 
 def curves(run: Path, out: Path) -> None:

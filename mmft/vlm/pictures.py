@@ -99,6 +99,11 @@ class Pictures:
             return ids, VisualRecord(key, small)
         inputs = self._process(text, images, row_id)
         ids = inputs["input_ids"][0]
+        if "token_type_ids" in inputs and bool(inputs["token_type_ids"].any()):
+            raise ValueError(
+                f"model.name: a {self.model.config.model_type!r} model marks its picture tokens by token_type_ids, "
+                "which are not supported yet; without them it would read its pictures wrongly"
+            )
         visual = {k: v for k, v in inputs.items() if k not in _TEXT_KEYS and isinstance(v, Tensor)}
         if key is not None and self.cache_bytes:
             self._prepared[(text, key)] = ids, {k: v for k, v in visual.items() if k in _POSITION_KEYS}
