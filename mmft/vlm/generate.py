@@ -124,12 +124,11 @@ def _choose(logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Te
         token = logits.argmax(-1)
     else:
         # In fp64: over a vocabulary of 150,000 the rounding of an fp32 sum would move probability between words.
-        cumulative = probabilities.double().cumsum(-1)
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
         point = (uniforms * cumulative[:, -1])[:, None]
         token = torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
     logprob = logits.gather(-1, token[:, None]).squeeze(-1) - normaliser.squeeze(-1)
-    finite = logits.masked_fill(probabilities == 0, 0.0)
-    return token, logprob, normaliser.squeeze(-1) - (probabilities * finite).sum(-1)
+    return token, logprob, torch.special.entr(probabilities).sum(-1)
 
 
 class _SharedDecoder:
