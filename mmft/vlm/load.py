@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,10 @@ def build_policy(
             peft_config.target_modules = family_of(model).lora_target
         known = ", ".join(FAMILIES)
         try:
-            model = get_peft_model(model, peft_config)
+            with warnings.catch_warnings():
+                # PEFT asks transformers for a name that is about to change; nothing a user could mend.
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+                model = get_peft_model(model, peft_config)
         except ValueError as error:
             raise ValueError(
                 f"model.lora.target: nothing to adapt in a {model.config.model_type!r} model ({error}); families with "
