@@ -287,7 +287,12 @@ def test_dropout_and_a_plain_first_picture_pass_the_self_test(tiny_model, tmp_pa
     for module in trainer.policy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
-    trainer.begin()
+    from mmft.vlm.selftest import selftest
+
+    trainer.policy.train()
+    result = selftest(trainer.policy, trainer.prompts(1).select([0]))
+    assert result["logprob_error"] <= 1e-4 and result["blank_change"] > 0
+    assert trainer.policy.training
 
 
 def test_minibatches_are_as_many_as_asked(tiny_model, tmp_path):

@@ -73,6 +73,8 @@ def test_packed_logprobs_and_values_are_the_plain_ones(policy):
     prompts, responses = prompts_of(policy), random_responses(policy, len(ROWS) * GROUP)
     with torch.no_grad():
         shared, plain = both_paths(policy, lambda: policy(prompts, responses, 0.7, entropy=True))
+    error = (shared.logprobs - plain.logprobs).abs().max()
+    print(f"\n{policy.model.config.model_type}: log-probs, shared prefix against plain: {error:.1e}")
     for name in ("logprobs", "values", "entropy"):
         torch.testing.assert_close(getattr(shared, name), getattr(plain, name), atol=1e-4, rtol=0)
     assert shared.logprobs[responses.mask].max() < 0 and (shared.logprobs[~responses.mask] == 0).all()
@@ -90,9 +92,10 @@ def test_packed_gradients_are_the_plain_ones(policy):
 
     shared, plain = both_paths(policy, gradients)
     assert shared.keys() == plain.keys() and any("lora_A" in n for n in shared) and "value_head.weight" in shared
-    for name in shared:
-        error = (shared[name] - plain[name]).norm() / plain[name].norm().clamp_min(1e-12)
-        assert error <= 1e-5, f"{name}: {error:.2g}"
+    errors = {n: float((shared[n] - plain[n]).norm() / plain[n].norm().clamp_min(1e-12)) for n in shared}
+    worst = max(errors, key=errors.__getitem__)
+    print(f"\n{policy.model.config.model_type}: gradients, relative: {errors[worst]:.1e}")
+    assert errors[worst] <= 1e-5, f"{worst}: {errors[worst]:.2g}"
 
 
 def test_reference_is_the_model_without_adapters(policy):
@@ -111,6 +114,7 @@ def test_sampling_logprobs_and_values_are_those_of_training(policy):
     with torch.no_grad():
         trained = policy(prompts, responses, 0.9, entropy=True)
     ratio = (trained.logprobs - sampled.logprobs).exp()
+    print(f"\n{policy.model.config.model_type}: first ratio - 1: {(ratio - 1).abs().max():.1e}")
     assert (ratio - 1).abs().max() <= 1e-4
     torch.testing.assert_close(trained.values, sampled.values, atol=1e-4, rtol=0)
     torch.testing.assert_close(trained.entropy, sampled.entropy, atol=1e-4, rtol=0)
@@ -157,7 +161,8 @@ def test_cached_features_give_the_same_numbers(policy):
     with torch.no_grad():
         fresh = policy(prompts_of(policy), responses).logprobs
         again = policy.pictures.prompts(ROWS, IDS, torch.device("cpu"))
-        assert all("pixel_values" not in record.tensors for record in again.visuals)
+        # Nothing large is remembered beside the features: SmolVLM's pixel masks are megabytes a row.
+        assert all(set(record.tensors) <= {"image_grid_thw"} for record in again.visuals)
         cached = policy(again, responses).logprobs
     assert torch.equal(fresh, cached)
 
