@@ -3,9 +3,9 @@
 Only the standard library and numpy are imported here, so `import reward_models` costs what `import numpy` costs.
 """
 
-from reward_models.bleu import Bleu, corpus_bleu
-from reward_models.cider import CiderD
-from reward_models.ngrams import DocumentFrequencies
+from reward_models.metrics.bleu import Bleu, corpus_bleu
+from reward_models.metrics.cider import CiderD
+from reward_models.metrics.ngrams import DocumentFrequencies
 from reward_models.rewards import RewardScores, WeightedRewards, build_rewards
 
 __all__ = [

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reward_models.coco import METRICS, score_files
+from reward_models.metrics.coco import METRICS, score_files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

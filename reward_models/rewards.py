@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reward_models.bleu import Bleu
-from reward_models.cider import CiderD
-from reward_models.ngrams import DocumentFrequencies
+from reward_models.metrics.bleu import Bleu
+from reward_models.metrics.cider import CiderD
+from reward_models.metrics.ngrams import DocumentFrequencies
 
 RewardFunction = Callable[..., Sequence[float | None]]
 

@@ -161,7 +161,7 @@ def test_no_drawer_for_everything():
         ("training", "mmft.vlm.policy", False),
         ("training", "mmft.recipe_yaml.read", False),
         ("vlm", "mmft.vlm.families", False),
-        ("training", "reward_models.cider", False),
+        ("training", "reward_models.metrics.cider", False),
         ("data", "mmft.cli.main", True),
     ],
 )

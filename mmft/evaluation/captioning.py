@@ -15,7 +15,7 @@ import numpy as np
 from mmft.evaluation import statistics
 from mmft.evaluation.statistics import Interval, Statistic
 from reward_models import Bleu, CiderD, DocumentFrequencies
-from reward_models.text import simple
+from reward_models.metrics.text import simple
 
 # Words that no whole caption ends with. Policies trained on n-gram overlap learn to end on them, because the n-grams
 # before the break count and nothing after it does. Longer than the list in the self-critical captioning code

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from reward_models import Bleu, CiderD, DocumentFrequencies
-from reward_models.text import completion_text, simple
+from reward_models.metrics.text import completion_text, simple
 
 CORPUS = [["a dog runs", "the dog's ball"], ["a cat"], ["a cat and a dog"]]
 ODD = [

@@ -131,7 +131,7 @@ def test_build_rewards_reads_names_weights_and_options(tmp_path):
         ({"name": "cider"}, "did you mean 'cider_d'"),
         ({"name": "bleu", "m": 3}, r"rewards\[0\] \(bleu\).*'m'"),
         ({"name": "no_such_module_here:f"}, "no_such_module_here"),
-        ({"name": "reward_models.text:simpel"}, "did you mean 'simple'"),
+        ({"name": "reward_models.metrics.text:simpel"}, "did you mean 'simple'"),
         ({"name": "nowhere/own.py:f"}, r"no such file: nowhere/own\.py"),
         ({"weight": 1.0}, r"rewards\[0\]"),
         ({"name": "cider_d", "weight": None}, "finite number"),

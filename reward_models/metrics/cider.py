@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from reward_models.ngrams import (
+from reward_models.metrics.ngrams import (
     MAX_ORDER,
     SHIFT,
     DocumentFrequencies,
@@ -28,7 +28,7 @@ from reward_models.ngrams import (
     lay_out,
     multiplicities,
 )
-from reward_models.text import EOS, check_rows
+from reward_models.metrics.text import EOS, check_rows
 
 _VERSION = 1
 

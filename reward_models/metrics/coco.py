@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reward_models.bleu import Bleu
-from reward_models.cider import CiderD
-from reward_models.ngrams import DocumentFrequencies
+from reward_models.metrics.bleu import Bleu
+from reward_models.metrics.cider import CiderD
+from reward_models.metrics.ngrams import DocumentFrequencies
 
 METRICS = ("cider_d", "bleu")
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reward_models.text import EOS, tokenizer_named
+from reward_models.metrics.text import EOS, tokenizer_named
 
 MAX_ORDER = 4
 SHIFT = 32

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from reward_models.text import EOS, check_rows, tokenizer_named
+from reward_models.metrics.text import EOS, check_rows, tokenizer_named
 
 _TINY, _SMALL = 1e-15, 1e-9
 _VERSION = 1
@@ -76,7 +76,7 @@ class Bleu:
     """Sentence BLEU-n as a reward in [0, 1]: `Bleu()(prompts=..., completions=..., references=...) -> list[float]`.
 
     smooth: see the module docstring. eos: put an end token behind every reference and every candidate that ended
-    (off by default: BLEU is defined without). tokenizer: see `reward_models.text`.
+    (off by default: BLEU is defined without). tokenizer: see `reward_models.metrics.text`.
     """
 
     def __init__(
