@@ -118,6 +118,11 @@ class Rollout:
         ref_logprobs: (N, T), or None when no KL is wanted.
         scores: (N,) the reward side's weighted total.
         parts: reward name -> (N,) that part alone, NaN where it does not apply.
+        weighted: reward name -> (N,) what the part adds to the score.
+        keep: (N,) bool, False on responses that a reward dropped and no update may use; None = all are kept.
+        dense: (N, T) the share of the score that is credited token by token, or None; its sum over tokens is taken
+            off what the last token gets.
+        potentials: (N, T) of the shaping term, or None.
         rewards: (N, T) token rewards (KL penalty, shaping, score on the last real token).
         advantages, returns: (N, T).
     """
@@ -129,6 +134,16 @@ class Rollout:
     ref_logprobs: Tensor | None = None
     scores: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
+    weighted: dict[str, Tensor] = field(default_factory=dict)
+    keep: Tensor | None = None
+    dense: Tensor | None = None
+    potentials: Tensor | None = None
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+
+    @property
+    def update_mask(self) -> Tensor:
+        """(N, T) bool, the tokens that statistics and losses are taken over."""
+        mask = self.responses.mask
+        return mask if self.keep is None else mask & self.keep[:, None]

@@ -12,18 +12,20 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from ruamel.yaml import YAML
 
+from mmft.recipe_rewards import Guards, Reward, ShareWeight
 from mmft.recipe_yaml import (
     Document,
     Key,
     RecipeError,
+    Section,
     describe,
     dotted,
     load_document,
@@ -35,11 +37,7 @@ from mmft.recipe_yaml import (
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_main"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Lora(_Section):
+class Lora(Section):
     """Low-rank adapters (Hu et al. 2021), by PEFT."""
 
     r: int = Field(16, ge=1)  # rank
@@ -48,7 +46,7 @@ class Lora(_Section):
     target: str = Field("language", min_length=1)  # which layers; see mmft/vlm/families.py
 
 
-class Model(_Section):
+class Model(Section):
     """The policy: which model, what of it learns, and whether a critic stands beside it."""
 
     name: str = Field("scenes-vlm", min_length=1)  # bundled name, hub id or folder
@@ -59,7 +57,7 @@ class Model(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-class Data(_Section):
+class Data(Section):
     """Where rows come from; split names belong to the data set."""
 
     name: str = Field("scenes", min_length=1)  # bundled name, a card (YAML) or a folder
@@ -69,27 +67,7 @@ class Data(_Section):
     prompt: str | None = Field(None, min_length=1)  # replaces the prompt of every row
 
 
-REWARDS = ["cider_d", "bleu"]
-
-
-def _a_reward(name: str) -> str:
-    if name not in REWARDS and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", name):
-        raise ValueError("unknown reward")
-    return name
-
-
-class Reward(_Section):
-    """One named part of the reward; weight 0 = logged only."""
-
-    name: Annotated[str, AfterValidator(_a_reward)] = Field(
-        description=f"{', '.join(REWARDS)}, or your own package.module:function or path/to/file.py:function",
-        examples=REWARDS,
-    )
-    weight: float = 1.0
-    options: dict[str, Any] = {}  # keyword arguments of the reward
-
-
-class Algorithm(_Section):
+class Algorithm(Section):
     """Option names follow TRL's PPOConfig."""
 
     name: Literal["ppo", "a2c"] = "ppo"
@@ -104,6 +82,7 @@ class Algorithm(_Section):
     cliprange: float = Field(0.2, gt=0)
     vf_coef: float = Field(0.1, ge=0)
     cliprange_value: float | None = Field(0.2, gt=0)  # null = values are not clipped
+    critic_start: Literal["fit", "zero"] = "fit"  # the value head: fitted to the first step's returns, or zero
     entropy_coef: float = Field(0.0, ge=0)
     whiten_rewards: bool = False
     whiten_advantages: bool = True
@@ -118,7 +97,7 @@ class Algorithm(_Section):
         return data
 
 
-class Rollout(_Section):
+class Rollout(Section):
     """How much is sampled per step: prompts_per_step x num_generations responses, over all processes."""
 
     prompts_per_step: int = Field(32, ge=1)
@@ -127,7 +106,7 @@ class Rollout(_Section):
     temperature: float = Field(1.0, gt=0)
 
 
-class Train(_Section):
+class Train(Section):
     """The optimiser and its schedule."""
 
     steps: int = Field(60, ge=1)
@@ -141,7 +120,7 @@ class Train(_Section):
     micro_prompts: int | None = Field(None, ge=1)  # prompts per forward pass; null = the whole minibatch
 
 
-class WarmStart(_Section):
+class WarmStart(Section):
     """Supervised training on the references before reinforcement learning begins."""
 
     epochs: float = Field(1.0, gt=0)
@@ -151,14 +130,14 @@ class WarmStart(_Section):
     max_steps: int | None = Field(None, ge=1)  # stop early; null = all epochs
 
 
-class Eval(_Section):
+class Eval(Section):
     """Held-out evaluation, on the split ``data.eval``."""
 
     every: int = Field(20, ge=0)  # steps; 0 = only before and after
     rows: int = Field(512, ge=1)
 
 
-class Output(_Section):
+class Output(Section):
     """Where results go."""
 
     dir: str = Field("runs/caption_ppo", min_length=1)
@@ -166,7 +145,7 @@ class Output(_Section):
     trackers: list[Literal["tensorboard"]] = ["tensorboard"]
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything about a run. Immutable; ``dump`` writes it with every default filled in."""
 
     seed: int = Field(0, ge=0, lt=2**32)
@@ -178,6 +157,7 @@ class Recipe(_Section):
     train: Train = Train()
     warm_start: WarmStart | None = None
     eval: Eval = Eval()
+    guards: Guards = Guards()
     output: Output = Output()
 
     @model_validator(mode="after")
@@ -236,14 +216,6 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         "rewards",
         "got weight 0 everywhere, expected at least one reward with another weight",
     )
-    names = [reward.name for reward in r.rewards]
-    for index, name in enumerate(names):
-        check(
-            name not in names[:index],
-            f"rewards.{index}.name",
-            "rewards",
-            f'got "{name}" a second time, expected each reward once',
-        )
     check(
         model.quantize is None or model.tune == "lora",
         "model.quantize",
@@ -255,6 +227,34 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         "train.warmup_steps",
         "train.steps",
         f"got {train.warmup_steps}, expected at most train.steps ({train.steps})",
+    )
+    for index, reward in enumerate(r.rewards):
+        at = f"rewards.{index}"
+        check(
+            reward.label not in [other.label for other in r.rewards[:index]],
+            f"{at}.as" if reward.as_ else f"{at}.name",
+            "rewards",
+            f'got "{reward.label}" a second time, expected each reward once (or another name by "as")',
+        )
+        check(
+            reward.clip is None or reward.credit != "dense",
+            f"{at}.clip",
+            f"{at}.credit",
+            "got limits, expected null with credit dense (a clipped score cannot be shared out over tokens)",
+        )
+        check(
+            reward.normalize != "group" or rollout.num_generations >= 2,
+            f"{at}.normalize",
+            "rollout.num_generations",
+            f"got group, expected null, running or batch with rollout.num_generations {rollout.num_generations}",
+        )
+    shares = sum(abs(reward.weight.share) for reward in r.rewards if isinstance(reward.weight, ShareWeight))
+    others = any(reward.weight != 0 and not isinstance(reward.weight, ShareWeight) for reward in r.rewards)
+    check(
+        not shares or (shares < 1 and others),
+        "rewards",
+        "rewards",
+        f"got shares of {show(shares)} together, expected less than 1 and another reward that takes the rest",
     )
     return found
 
@@ -324,8 +324,11 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def recipe_main(
-    description: str, argv: list[str] | None = None, default: str | Path | None = None
-) -> tuple[Recipe, str | None]:
+    description: str,
+    argv: list[str] | None = None,
+    default: str | Path | None = None,
+    load: Callable[[str | Path, list[str]], Any] = load_recipe,
+) -> tuple[Any, str | None]:
     """The command line of every recipe: ``[recipe.yaml] [key.sub=value ...] [--resume [PATH]]``.
 
     Call it before importing anything heavy: a wrong recipe ends the process with code 2, all problems on
@@ -335,6 +338,7 @@ def recipe_main(
         description: first line of ``--help``.
         argv: arguments; default ``sys.argv[1:]``.
         default: recipe used when none is named; default: the YAML next to the script, of the same stem.
+        load: what reads the file and its overrides; another one for recipes of another kind.
 
     Returns:
         the recipe, and what to resume: None, ``"latest"`` (newest checkpoint of ``output.dir``) or a path.
@@ -356,7 +360,7 @@ def recipe_main(
         parser.error(f"got {' and '.join(files)}, expected one recipe file (overrides: key.sub=value)")
     path = files[0] if files else default or Path(sys.argv[0]).with_suffix(".yaml")
     try:
-        return load_recipe(path, [word for word in words if word not in files]), resume
+        return load(path, [word for word in words if word not in files]), resume
     except RecipeError as error:
         if os.environ.get("RANK", "0") == "0":  # one copy of the list, not one per process
             print("\n".join([*error.problems, _count(len(error.problems))]), file=sys.stderr)

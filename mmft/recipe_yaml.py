@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import annotated_types
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -29,6 +29,12 @@ MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000  # aliases count once per use, which defuses alias bombs
 _TAG = "tag:yaml.org,2002:"
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?")
+
+
+class Section(BaseModel):
+    """Base of the sections of a file: strict, unknown keys refused, immutable, dumped under the names of the file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, serialize_by_alias=True)
 
 
 class RecipeError(ValueError):
@@ -250,18 +256,29 @@ def describe(model: type[BaseModel], document: Document, error: ValidationError)
     """Add every error of a validation to the document; returns the keys concerned."""
     keys: list[Key] = []
     for item in error.errors(include_url=False):
-        key: Key = tuple(item["loc"])
+        path: Key = tuple(item["loc"])
+        key = tuple(part for part in path if not _is_form(part))
         keys.append(key)
         if key in document.spoilt:
             continue
         if item["type"] == "extra_forbidden":
-            document.problem(key, _unknown_key(model, key))
+            document.problem(key, _unknown_key(model, path))
         elif item["type"] == "missing":
-            document.problem(key, f"missing, expected {expected(model, key)}")
+            document.problem(key, f"missing, expected {expected(model, path)}")
         else:
             got = item["input"]
-            document.problem(key, f"got {show(got)}, expected {expected(model, key)}{_hint(model, key, got)}")
+            document.problem(key, f"got {show(got)}, expected {expected(model, path)}{_hint(model, path, got)}")
     return keys
+
+
+def _is_form(part: str | int) -> bool:
+    """Whether a part of pydantic's path is no key but the tag of one form of several, written `<form>`."""
+    return isinstance(part, str) and part.startswith("<")
+
+
+def _fields(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Fields by the name they have in the file."""
+    return {info.alias or name: info for name, info in section.model_fields.items()}
 
 
 def show(value: Any) -> str:
@@ -299,8 +316,11 @@ def _resolve(model: type[BaseModel], key: Key) -> tuple[Any, FieldInfo | None]:
         kind, _ = _inner(kind)
         if isinstance(part, int):
             kind, info = (*typing.get_args(kind), None)[0], None
+        elif _is_form(part):
+            forms = [form for form in typing.get_args(kind) if Tag(part) in getattr(form, "__metadata__", ())]
+            kind = forms[0] if forms else None
         elif _is_section(kind):
-            info = kind.model_fields.get(part)
+            info = _fields(kind).get(part)
             kind = info.annotation if info else None
         elif typing.get_origin(kind) is dict:
             kind, info = typing.get_args(kind)[1], None
@@ -319,7 +339,7 @@ def expected(model: type[BaseModel], key: Key) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return ", ".join(str(choice) for choice in typing.get_args(kind)) + tail
     if _is_section(kind):
-        return f"a section with keys ({', '.join(kind.model_fields)}){tail}"
+        return f"a section with keys ({', '.join(_fields(kind))}){tail}"
     origin = typing.get_origin(kind) or kind
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     words |= {list: "a list", dict: "a section with keys"}
@@ -350,7 +370,7 @@ def _hint(model: type[BaseModel], key: Key, got: Any) -> str:
 
 def _all_keys(model: type[BaseModel], before: Key = ()) -> list[Key]:
     keys: list[Key] = []
-    for name, info in model.model_fields.items():
+    for name, info in _fields(model).items():
         kind, _ = _inner(info.annotation)
         keys.append((*before, name))
         if _is_section(kind):
@@ -361,8 +381,11 @@ def _all_keys(model: type[BaseModel], before: Key = ()) -> list[Key]:
 def _unknown_key(model: type[BaseModel], key: Key) -> str:
     name = str(key[-1])
     section, _ = _inner(_resolve(model, key[:-1])[0])
-    names = list(section.model_fields)
-    near = [dotted((*key[:-1], other)) for other in difflib.get_close_matches(name.lower(), names, 1)]
+    names = list(_fields(section))
+    near = [
+        dotted((*(part for part in key[:-1] if not _is_form(part)), other))
+        for other in difflib.get_close_matches(name.lower(), names, 1)
+    ]
     if not near:  # right key, wrong section
         leaves = {str(other[-1]): dotted(other) for other in _all_keys(model)}
         near = [leaves[other] for other in difflib.get_close_matches(name.lower(), list(leaves), 1, 0.75)]

@@ -1,4 +1,4 @@
-"""`python -m reward_models score REFERENCES.json RESULTS.json`: caption metrics on COCO files, without Java."""
+"""`python -m reward_models score REFERENCES.json RESULTS.json`: caption metrics on COCO files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reward_models.metrics.coco import METRICS, score_files
+from reward_models.metrics.coco import DEFAULT_METRICS, METRICS, score_files
+from reward_models.metrics.text import TOKENIZERS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +19,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score = verbs.add_parser("score", help="score COCO results against COCO captions: means and per picture")
     score.add_argument("references", metavar="REFERENCES.json", help="COCO captions: images and annotations")
     score.add_argument("results", metavar="RESULTS.json", help="COCO results: a list of image_id and caption")
-    score.add_argument("--metrics", default=",".join(METRICS), help=f"comma separated, of: {', '.join(METRICS)}")
+    score.add_argument(
+        "--metrics",
+        default=",".join(DEFAULT_METRICS),
+        help=f"comma separated, of: {', '.join(METRICS)} (meteor and spice need Java; default: %(default)s)",
+    )
+    score.add_argument("--tokenizer", help=f"{', '.join(TOKENIZERS)} (default: simple, or that of --df)")
     score.add_argument("--df", metavar="FILE", help="saved document frequencies (default: from the references)")
     score.add_argument("--json", metavar="FILE", help="write means and per-picture scores there ('-' = stdout)")
     options = parser.parse_args(arguments)
@@ -26,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not metrics:
             raise ValueError(f"--metrics names none; there are: {', '.join(METRICS)}")
-        report = score_files(options.references, options.results, metrics, options.df)
+        report = score_files(options.references, options.results, metrics, options.df, options.tokenizer)
         text = json.dumps(report, indent=1, ensure_ascii=False)
         if options.json and options.json != "-":
             Path(options.json).write_text(text + "\n", encoding="utf-8")

@@ -2,203 +2,287 @@
 
 A reward function has TRL's form, `f(prompts=..., completions=..., **columns) -> list[float | None]`; `columns` are the
 columns of the data set as lists aligned with the completions, plus `ended`. None means: no opinion on this row.
+
+The way of one part's score: raw -> nonfinite policy -> normalised -> clipped -> times its weight -> summed.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 import inspect
-import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
-from pathlib import Path
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from reward_models.metrics.bleu import Bleu
-from reward_models.metrics.cider import CiderD
-from reward_models.metrics.ngrams import DocumentFrequencies
+from reward_models.credit import PartScores, per_token
+from reward_models.named import load_reward
+from reward_models.normalisation import Moments, group_affine, moments_of
+from reward_models.parts import RewardFunction, RewardPart
+from reward_models.returned import Scored, Values, read_values, row_name, wait_for
+from reward_models.weights import ByColumn, Reduce, Scheduled, Share, Shares, When
 
-RewardFunction = Callable[..., Sequence[float | None]]
+if TYPE_CHECKING:
+    from reward_models.metrics.ngrams import DocumentFrequencies
+
+__all__ = ["RewardFunction", "RewardPart", "RewardScores", "Scored", "WeightedRewards", "build_rewards"]
 
 
 class RewardScores(NamedTuple):
-    """total (N,) float64, always finite; parts: name -> (N,) float64, NaN where the part had no opinion."""
+    """The scores of N responses, of T_i tokens each.
+
+    total: (N,) float64, always finite: the whole score, dense parts included.
+    parts: name -> (N,) raw scores, NaN where the part had no opinion; also logged-only columns, as NAME/KEY.
+    weighted: name -> (N,) what the part adds to total.
+    keep: (N,) bool, False for rows that a `drop` policy leaves out of the update.
+    last: (N,) what of total belongs to the last token: total without what `dense` gives.
+    dense: per response (T_i,) token rewards with total = last + dense.sum(); None without pieces or dense parts.
+    potentials: per response (T_i,) potentials of the prefixes up to and including each token; None likewise.
+    """
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
+    weighted: dict[str, np.ndarray]
+    keep: np.ndarray
+    last: np.ndarray
+    dense: list[np.ndarray] | None = None
+    potentials: list[np.ndarray] | None = None
 
 
 class WeightedRewards:
-    """Weighted sum of named rewards: `WeightedRewards([(name, function, weight), ...])`.
+    """Weighted sum of named rewards: `WeightedRewards([RewardPart("cider_d", CiderD(df)), ...])`.
 
-    A weight of 0 logs the part and leaves the total alone. A part that returns None for a row adds nothing there.
-    Raises ValueError at once for a repeated name, a weight that is not a finite number, or no parts at all; and when
-    called, for a part that returns the wrong number, type or a non-finite value, naming the reward and the row.
+    Parts may also be given as (name, function, weight). A part that returns None for a row adds nothing there.
+    `reduce`, if set, sums a numpy array over processes; moments and shares of training calls then cover all of them.
+    Raises ValueError at once for a repeated name, a wrong weight or option, or no parts at all; and when called, for
+    a part that returns the wrong number or type, or a non-finite value under `raise`, naming the reward and the row.
     """
 
-    def __init__(self, parts: Sequence[tuple[str, RewardFunction, float]]) -> None:
+    def __init__(self, parts: Sequence[RewardPart | tuple[str, RewardFunction, Any]]) -> None:
         if not parts:
             raise ValueError("no rewards given; name at least one, for example ('cider_d', CiderD(df), 1.0)")
-        names = [name for name, _, _ in parts]
-        for name, function, weight in parts:
-            if names.count(name) > 1:
-                raise ValueError(f"reward name {name!r} is used {names.count(name)} times; names must differ")
-            if not callable(function):
-                raise ValueError(f"reward {name!r}: expected a function, got {type(function).__name__}")
-            if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-                raise ValueError(f"reward {name!r}: weight must be a finite number, got {weight!r}")
-        self.parts = [(name, function, float(weight)) for name, function, weight in parts]
+        self.parts = [part if isinstance(part, RewardPart) else RewardPart(*part) for part in parts]
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ValueError(f"reward name {name!r} is used {self.names.count(name)} times; names must differ")
+        self.reduce: Reduce | None = None
+        self._moments = {part.name: Moments() for part in self.parts if part.normalize == "running"}
+        shares = {part.name: part.weight.share for part in self.parts if isinstance(part.weight, Share)}
+        self._shares = Shares(shares, [p.name for p in self.parts if p.name not in shares and p.weight != 0.0])
+        self._step = 0  # the last training step; held-out calls between steps use its weights
+        self._warned: set[tuple[str, str]] = set()
 
     @property
     def names(self) -> list[str]:
-        return [name for name, _, _ in self.parts]
+        return [part.name for part in self.parts]
 
     @property
     def signature(self) -> str:
-        """One line per part: name, weight and what the part says of itself."""
-        return "\n".join(
-            f"{name} x {weight:g}: {getattr(function, 'signature', None) or _qualified_name(function)}"
-            for name, function, weight in self.parts
-        )
+        """One line per part."""
+        return "\n".join(part.signature for part in self.parts)
 
-    def __call__(self, prompts: Any = None, completions: Sequence[Any] = (), **columns: Any) -> RewardScores:
-        """Score N completions. Columns whose length is not N are refused, for they would be misaligned silently."""
+    def __call__(
+        self,
+        prompts: Any = None,
+        completions: Sequence[Any] = (),
+        *,
+        pieces: Sequence[Sequence[str]] | None = None,
+        step: int | None = None,
+        group_size: int | None = None,
+        training: bool = False,
+        **columns: Any,
+    ) -> RewardScores:
+        """Score N completions. Columns whose length is not N are refused, for they would be misaligned silently.
+
+        pieces: per completion its response tokens as text, for dense credit. step: the training step, for scheduled
+        weights. group_size: responses per prompt, which lie together. training: False for held-out rows, which leave
+        running moments and adapted weights as they are.
+        """
         rows = len(completions)
-        for key, column in {"prompts": prompts, **columns}.items():
-            if isinstance(column, (list, tuple, np.ndarray)) and len(column) != rows:
+        for key, column in {"prompts": prompts, "pieces": pieces, **columns}.items():
+            if isinstance(column, list | tuple | np.ndarray) and len(column) != rows:
                 raise ValueError(f"column {key!r} has {len(column)} rows but there are {rows} completions")
-        ids = columns.get("id")
-        total = np.zeros(rows)
-        scores = {}
-        for name, function, weight in self.parts:
-            values = _checked(name, function(prompts=prompts, completions=completions, **columns), rows, ids)
-            scores[name] = values
-            if weight:
-                total += weight * np.nan_to_num(values, nan=0.0)
-        return RewardScores(total, scores)
+        if training:
+            self._check_training(pieces, step, group_size)
+            self._step = self._step if step is None else step
+        samples = {"prompts": prompts, "completions": completions, **columns}
+        values, logged = self._ask(samples, rows)
+        affine = {part.name: self._affine(part, values[part.name].values, group_size, training) for part in self.parts}
+        scored = {part.name: _apply(part, values[part.name].values, *affine[part.name]) for part in self.parts}
+        weights = self._weights(samples, rows, scored, step, group_size, training)
+        with np.errstate(over="ignore", invalid="ignore"):  # said below, with the row
+            weighted = {name: weights[name] * np.nan_to_num(score, nan=0.0) for name, score in scored.items()}
+            total = np.sum(list(weighted.values()), axis=0)
+        if not np.isfinite(total).all():
+            row = int(np.flatnonzero(~np.isfinite(total))[0])
+            raise ValueError(f"{row_name(samples, row)}: the weighted sum is {total[row]}; scale the rewards down")
+        keep = np.ones(rows, dtype=bool)
+        for part in self.parts:
+            if part.nonfinite == "drop":
+                keep &= ~values[part.name].bad
+        raw = {name: value.values for name, value in values.items()} | logged
+        if pieces is None or all(part.credit == "last" for part in self.parts):
+            return RewardScores(total, raw, weighted, keep, total)
+        detail = {name: PartScores(*values[name], *affine[name], weights[name], weighted[name]) for name in self.names}
+        return RewardScores(total, raw, weighted, keep, *per_token(self.parts, detail, pieces, samples))
 
+    def _check_training(self, pieces: Any, step: int | None, group_size: int | None) -> None:
+        for part in self.parts:
+            for missing, needed, what in (
+                (step is None, isinstance(part.weight, Scheduled), "a scheduled weight needs step=..."),
+                ((group_size or 0) < 2, part.normalize == "group", "normalize group needs group_size=... of 2 or more"),
+                (pieces is None, part.credit != "last", f"credit {part.credit} needs pieces=... (text per token)"),
+            ):
+                if missing and needed:
+                    raise ValueError(f"reward {part.name!r}: {what}")
 
-def _qualified_name(function: Any) -> str:
-    return getattr(function, "__qualname__", None) or type(function).__qualname__
-
-
-def _checked(name: str, returned: Any, rows: int, ids: Sequence[Any] | None) -> np.ndarray:
-    """What a reward function returned, as (N,) float64 with NaN for None; anything else is refused."""
-    if inspect.isawaitable(returned):
-        if inspect.iscoroutine(returned):
-            returned.close()
-        raise ValueError(f"reward {name!r} is asynchronous; give a plain function")
-    if hasattr(returned, "detach"):  # a torch tensor, without importing torch here
-        returned = returned.detach().cpu().float().numpy()
-    if isinstance(returned, np.ndarray):
-        if returned.ndim != 1:
-            raise ValueError(f"reward {name!r} returned an array of shape {returned.shape}, expected ({rows},)")
-        returned = returned.tolist()
-    if not isinstance(returned, Sequence) or isinstance(returned, (str, bytes)):
-        raise ValueError(f"reward {name!r} returned {type(returned).__name__}, expected a list of {rows} numbers")
-    if len(returned) != rows:
-        raise ValueError(f"reward {name!r} returned {len(returned)} values for {rows} completions")
-    out = np.full(rows, np.nan)
-    for i, value in enumerate(returned):
-        if value is None:
-            continue
-        row = f"row {i}" if ids is None else f"row {i} (id {ids[i]!r})"
+    def _ask(self, samples: dict[str, Any], rows: int) -> tuple[dict[str, Values], dict[str, np.ndarray]]:
+        """Every part's answer, read and checked; and the logged-only columns."""
+        answers: dict[str, Any] = {}
         try:
-            if isinstance(value, (str, bytes)):
-                raise TypeError
-            out[i] = float(value)  # also numpy scalars and tensors of one element
-        except (TypeError, ValueError):
+            for part in self.parts:
+                try:
+                    answers[part.name] = part.function(**samples)
+                except Exception as error:
+                    error.add_note(f"in reward {part.name!r}")
+                    raise
+        except BaseException:
+            for answer in answers.values():
+                if inspect.iscoroutine(answer):
+                    answer.close()
+            raise
+        values, logged = {}, {}
+        for part, answer in zip(self.parts, wait_for(answers).values(), strict=True):
+            if isinstance(answer, Scored):
+                for key, column in answer.logged.items():
+                    name = f"{part.name}/{key}"
+                    if name in self.names:
+                        raise ValueError(f"reward {part.name!r} logs {name!r}, which is also the name of a reward")
+                    logged[name] = read_values(name, column, rows, samples, "drop").values
+                answer = answer.values
+            values[part.name] = read_values(part.name, answer, rows, samples, part.nonfinite)
+        self._warn(values, samples, rows)
+        return values, logged
+
+    def _warn(self, values: dict[str, Values], samples: Mapping[str, Any], rows: int) -> None:
+        """What happened for the first time and would otherwise be silent."""
+
+        def once(kind: str, name: str, text: str) -> None:
+            if (kind, name) not in self._warned:
+                self._warned.add((kind, name))
+                warnings.warn(text + " (said once)", stacklevel=5)
+
+        nothing = np.all([np.isnan(value.values) & ~value.bad for value in values.values()], axis=0)
+        if nothing.any() and not nothing.all():
+            where = row_name(samples, int(np.flatnonzero(nothing)[0]))
+            once("nothing", "", f"{where}: no reward has an opinion on this row, so its score is 0")
+        for part in self.parts:
+            bad = np.flatnonzero(values[part.name].bad)
+            if len(bad):
+                done = {"drop": "left out of the update", "zero": "counted as 0"}[part.nonfinite]
+                where = row_name(samples, int(bad[0]))
+                once("bad", part.name, f"reward {part.name!r}: {len(bad)} non-finite values, first in {where}; {done}")
+            if rows and not len(bad) and np.isnan(values[part.name].values).all():
+                once("none", part.name, f"reward {part.name!r} had no opinion on any of {rows} rows; it added nothing")
+
+    def _affine(
+        self, part: RewardPart, values: np.ndarray, group_size: int | None, training: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """shift (N,) and scale (N,) of the part's normalisation."""
+        if part.normalize == "group" and group_size:
+            return group_affine(values, group_size)
+        moments = Moments()  # of nothing: changes nothing
+        if part.normalize == "running":
+            moments = self._moments[part.name]
+            if training:
+                moments.add(moments_of(values, self.reduce))
+        elif part.normalize == "batch":
+            moments = moments_of(values, self.reduce if training else None)
+        shift, scale = moments.affine()
+        return np.full(len(values), shift), np.full(len(values), scale)
+
+    def _weights(
+        self,
+        samples: Mapping[str, Any],
+        rows: int,
+        scores: Mapping[str, np.ndarray],
+        step: int | None,
+        group_size: int | None,
+        training: bool,
+    ) -> dict[str, np.ndarray]:
+        """Part -> (N,) weights."""
+        weights: dict[str, np.ndarray] = {}
+        for part in self.parts:
+            if isinstance(part.weight, ByColumn | When):
+                try:
+                    weights[part.name] = part.weight.of(samples, rows)
+                except ValueError as error:
+                    raise ValueError(f"reward {part.name!r}: {error}") from None
+            elif isinstance(part.weight, Scheduled):
+                weights[part.name] = np.full(rows, part.weight.at(self._step if step is None else step))
+            elif not isinstance(part.weight, Share):
+                weights[part.name] = np.full(rows, part.weight)
+        if self._shares.shares:
+            if training:
+                counted = {name: weights.get(name, 1.0) * score for name, score in scores.items()}
+                self._shares.update(counted, group_size, self.reduce)
+            for name in self._shares.shares:
+                weights[name] = np.full(rows, self._shares.weights.get(name, 0.0))
+        return weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, adapted weights and the last step, as plain JSON data; floats survive JSON bit by bit."""
+        return {
+            "parts": self.names,
+            "step": self._step,
+            "moments": {name: moments.state() for name, moments in self._moments.items()},
+            "shares": self._shares.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`. Raises ValueError if it belongs to other parts."""
+        if list(state["parts"]) != self.names or set(state["moments"]) != set(self._moments):
             raise ValueError(
-                f"reward {name!r}, {row}: returned {value!r} ({type(value).__name__}), expected a number or None"
-            ) from None
-        if not math.isfinite(out[i]):
-            raise ValueError(f"reward {name!r}, {row}: returned {value!r}; rewards must be finite (None = no opinion)")
-    return out
+                f"the saved rewards were {', '.join(state['parts'])} (running moments of "
+                f"{', '.join(state['moments']) or 'none'}); these are {', '.join(self.names)} (running moments of "
+                f"{', '.join(self._moments) or 'none'}); resume with the recipe that the run was started with"
+            )
+        self._step = int(state["step"])
+        self._moments = {name: Moments.from_state(state["moments"][name]) for name in self._moments}
+        self._shares.load_state(state["shares"])
 
 
-def _cider_d(df: DocumentFrequencies | None, **options: Any) -> CiderD:
-    if df is None:
-        raise ValueError("document frequencies are needed (df=...): DocumentFrequencies.from_references(training refs)")
-    return CiderD(df, **options)
+def _apply(part: RewardPart, raw: np.ndarray, shift: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """(N,) normalised and clipped; NaN stays."""
+    score = (raw - shift) * scale if part.normalize else raw
+    return np.clip(score, *part.clip) if part.clip else score
 
 
-def _bleu(df: DocumentFrequencies | None, **options: Any) -> Bleu:
-    if df is not None:
-        options.setdefault("tokenizer", df.tokenizer)
-    return Bleu(**options)
-
-
-BUILT_IN: dict[str, Callable[..., RewardFunction]] = {"cider_d": _cider_d, "bleu": _bleu}
+_PART_KEYS = ("credit", "normalize", "clip", "nonfinite")
+_KEYS = ("name", "weight", "as", "timeout", "options", *_PART_KEYS)
 
 
 def build_rewards(specs: Sequence[Mapping[str, Any]], df: DocumentFrequencies | None = None) -> WeightedRewards:
     """Rewards from plain data, as a recipe holds them: `[{"name": "cider_d", "weight": 1.0}, {"name": "bleu"}]`.
 
-    name: `cider_d` (options eos, sigma, n, cache_size), `bleu` (n, smooth, eos, tokenizer, cache_size), or a function
-    of your own as `package.module:function` or `path/to/file.py:function`, to which the options are bound as keyword
-    arguments. weight defaults to 1. `as` renames the part in logs (default: the name, or the function's name).
+    name: one of `reward_models.named.BUILT_IN`, or a function or class of your own as `package.module:name` or
+    `path/to/file.py:name`. Options go under `options` or beside the name; they are the keyword arguments of the
+    class, or of every call of a function. weight (default 1), credit, normalize, clip and nonfinite: see `RewardPart`.
+    `as` renames the part in logs (default: the name, or the function's name). timeout: seconds per call, in a child
+    process. None stands for the default of any of them.
     Raises ValueError naming the entry, with the nearest name for a mistyped one.
     """
     parts = []
     for i, spec in enumerate(specs):
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
             raise ValueError(f"rewards[{i}]: expected a mapping with a 'name', got {spec!r}")
-        options = {key: value for key, value in spec.items() if key not in ("name", "weight", "as")}
         name = spec["name"]
+        options = {key: value for key, value in spec.items() if key not in _KEYS} | dict(spec.get("options") or {})
+        counts = {key: spec[key] for key in _PART_KEYS if spec.get(key) is not None}
         try:
-            if ":" in name:
-                function, label = _own(name, options), name.rpartition(":")[2]
-            else:
-                function, label = _built_in(name)(df, **options), name
+            function = load_reward(name, options, df, spec.get("timeout"))
+            label = spec.get("as") or name.rpartition(":")[2]
+            parts.append(RewardPart(label, function, spec.get("weight", 1.0), **counts))
         except (TypeError, ValueError) as error:
             raise ValueError(f"rewards[{i}] ({name}): {error}") from error
-        parts.append((spec.get("as", label), function, spec.get("weight", 1.0)))
     return WeightedRewards(parts)
-
-
-def _built_in(name: str) -> Callable[..., RewardFunction]:
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
-        f"unknown reward {name!r}; {hint}There are {', '.join(BUILT_IN)}, and your own as 'package.module:function' or "
-        "'path/to/file.py:function'"
-    )
-
-
-def _own(path: str, options: dict[str, Any]) -> RewardFunction:
-    """The function `module:function` or `file.py:function`, with options bound."""
-    source, _, attribute = path.rpartition(":")
-    if source.endswith(".py"):
-        file = Path(source).resolve()
-        if not file.is_file():
-            raise ValueError(f"no such file: {source}")
-        spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"{source} cannot be loaded as Python")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses and pickling look a module up by its name
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(source)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"cannot import {source!r}: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        raise ValueError(f"{source} has no function {attribute!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if not options:
-        return function
-
-    def bound(*args: Any, **columns: Any) -> Sequence[float | None]:
-        return function(*args, **columns, **options)
-
-    bound.__name__ = bound.__qualname__ = f"{attribute}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
-    return bound

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from mmft.recipe import Algorithm, Recipe, RecipeError, load_recipe, recipe_main
+from mmft.recipe_preference import load_preference_recipe
+from mmft.recipe_rewards import REWARDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,6 +190,30 @@ IMPOSSIBLE = {
         "rewards:\n- name: bleu\n- name: bleu\n",
         'r.yaml:3: rewards.1.name: got "bleu" a second time',
     ),
+    "reward under another's name": (
+        "rewards:\n- name: cider_d\n- name: bleu\n  as: cider_d\n",
+        'r.yaml:4: rewards.1.as: got "cider_d" a second time',
+    ),
+    "two functions of one name": (
+        "rewards:\n- name: a:score\n- name: b:score\n",
+        'r.yaml:3: rewards.1.name: got "score" a second time',
+    ),
+    "clipped and dense": (
+        "rewards:\n- name: bleu\n  credit: dense\n  clip: [0, 1]\n",
+        "r.yaml:4: rewards.0.clip: got limits, expected null with credit dense",
+    ),
+    "groups of one": (
+        "rewards:\n- name: bleu\n  normalize: group\nrollout: {num_generations: 1}\n",
+        "r.yaml:3: rewards.0.normalize: got group",
+    ),
+    "only shares": (
+        "seed: 0\nrewards:\n- name: bleu\n  weight: {share: 0.3}\n",
+        "r.yaml:2: rewards: got shares of 0.3 together",
+    ),
+    "shares of everything": (
+        "rewards:\n- name: cider_d\n- {name: bleu, weight: {share: 0.5}}\n- {name: rouge_l, weight: {share: -0.5}}\n",
+        "r.yaml:1: rewards: got shares of 1.0 together",
+    ),
     "quantized and full": ("model:\n  quantize: nf4\n  tune: full\n", "r.yaml:2: model.quantize: got nf4"),
     "long warm-up": ("train:\n  steps: 5\n  warmup_steps: 6\n", "r.yaml:3: train.warmup_steps: got 6"),
 }
@@ -293,9 +319,10 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_loads_and_comments_every_key(path, tmp_path):
-    recipe = load_recipe(path)
+    load = load_preference_recipe if path.stem == "train_preference" else load_recipe
+    recipe = load(path)
     recipe.dump(tmp_path / "copy.yaml")
-    assert load_recipe(tmp_path / "copy.yaml") == recipe
+    assert load(tmp_path / "copy.yaml") == recipe
     for line in path.read_text().splitlines():
         key = line.split("#")[0].rstrip()
         assert not key or key.endswith(":") or "#" in line, f"{path.name}: no comment beside {line!r}"
@@ -311,8 +338,11 @@ def test_shipped_recipes_show_every_key(name):
             if isinstance(value, dict) and key != "options":
                 yield from keys(value, f"{before}{key}.")
 
-    shown = set(keys(YAML(typ="safe").load(ROOT / "recipes" / f"{name}.yaml")))
-    assert shown == set(keys(load_recipe(ROOT / "recipes" / f"{name}.yaml").model_dump()))
+    def without_guards(names):  # a section of its own, which a recipe may leave out
+        return {key for key in names if key.split(".")[0] != "guards"}
+
+    shown = keys(YAML(typ="safe").load(ROOT / "recipes" / f"{name}.yaml"))
+    assert without_guards(shown) == without_guards(keys(load_recipe(ROOT / "recipes" / f"{name}.yaml").model_dump()))
 
 
 def test_dump_keeps_small_numbers(tmp_path):
@@ -335,6 +365,95 @@ def test_recipes_are_frozen_and_checked_when_built_in_python():
 def test_a_card_beside_the_recipe_is_found(write, tmp_path):
     (tmp_path / "card.yaml").write_text("name: x\n")
     assert load_recipe(write("data: {name: card.yaml}")).data.name == str(tmp_path / "card.yaml")
+
+
+# --- rewards and guards ----------------------------------------------------------------------------
+
+# What stands beside `- name: bleu`, from line 3 on; then what the one problem must begin with and hold.
+WRONG_REWARDS = {
+    "text as weight": ("weight: heavy", 'rewards.0.weight: got "heavy"', "or a section with one of {schedule"),
+    "list as weight": ("weight: [1]", "rewards.0.weight: got a list", "a finite number"),
+    "unknown kind of weight": ("weight: {shar: 0.3}", "rewards.0.weight: got a section", "{share}"),
+    "typo in a weight": ("weight: {share: 0.3, from: 1}", "rewards.0.weight.from: got an unknown key", "one of share"),
+    "typo with a near key": (
+        "weight: {schedule: linear, step: 3}",
+        "rewards.0.weight.step:",
+        "rewards.0.weight.steps?",
+    ),
+    "near the reserved word": (
+        "weight: {schedule: linear, form: 3}",
+        "rewards.0.weight.form:",
+        "rewards.0.weight.from?",
+    ),
+    "unknown schedule": ("weight: {schedule: linar}", 'rewards.0.weight.schedule: got "linar"', "mean linear?"),
+    "no steps": ("weight: {schedule: linear, steps: 0}", "rewards.0.weight.steps: got 0", ">= 1"),
+    "text as limit": ("weight: {schedule: linear, from: x}", 'rewards.0.weight.from: got "x"', "a finite number"),
+    "whole share": ("weight: {share: 1}", "rewards.0.weight.share: got 1", "< 1"),
+    "share of nothing": ("weight: {share: 0}", "rewards.0.weight.share: got 0", "between"),
+    "no column": ("weight: {column: ''}", 'rewards.0.weight.column: got ""', "not empty"),
+    "no condition": ("weight: {when: {}}", "rewards.0.weight.when: got an empty section", ""),
+    "unknown credit": ("credit: dens", 'rewards.0.credit: got "dens"', "mean dense?"),
+    "unknown normalisation": ("normalize: yes", 'rewards.0.normalize: got "yes"', "running, batch, group or null"),
+    "one limit": ("clip: [1]", "rewards.0.clip: got a list of 1", "[low, high] with low < high"),
+    "limits swapped": ("clip: [1, -1]", "rewards.0.clip: got a list of 2", "low < high"),
+    "unknown policy": ("nonfinite: skip", 'rewards.0.nonfinite: got "skip"', "raise, drop, zero"),
+    "no time": ("timeout: 0", "rewards.0.timeout: got 0", "> 0"),
+    "the field's Python name": ("as_: x", "rewards.0.as_: got an unknown key", "mean rewards.0.as?"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_REWARDS.values(), ids=WRONG_REWARDS)
+def test_mistakes_in_a_reward_are_named_with_their_line(write, case):
+    found = problems(write(f"rewards:\n- name: bleu\n  {case[0]}\n"))
+    assert len(found) == 1 and found[0].startswith(f"r.yaml:3: {case[1]}") and case[2] in found[0], found
+
+
+def test_rewards_reach_build_rewards_as_they_were_written(write, tmp_path):
+    # The plain data of a loaded, dumped and loaded recipe is what the file says; `as` and `from` are not renamed.
+    path = write(
+        "rewards:\n"
+        "- {name: cider_d, credit: dense, normalize: running}\n"
+        "- {name: bleu, as: bleu_2, weight: {schedule: cosine, from: 0.5, steps: 40, start: 3}, options: {n: 2}}\n"
+        "- {name: bleu, weight: {share: -0.25}, clip: [-1, 2], nonfinite: drop}\n"
+        "- {name: 'a.b:f', weight: {column: certainty, scale: 2}, timeout: 5}\n"
+        "- {name: 'a.b:f', as: g, weight: {when: {kind: question, hard: true}}}\n"
+    )
+    load_recipe(path).dump(tmp_path / "copy.yaml")
+    recipe = load_recipe(tmp_path / "copy.yaml")
+    assert recipe == load_recipe(path) and [r.label for r in recipe.rewards] == ["cider_d", "bleu_2", "bleu", "f", "g"]
+    plain = [reward.model_dump() for reward in recipe.rewards]
+    assert [entry["weight"] for entry in plain] == [
+        1.0,
+        {"schedule": "cosine", "from": 0.5, "to": 1.0, "steps": 40, "start": 3},
+        {"share": -0.25},
+        {"column": "certainty", "scale": 2.0},
+        {"when": {"kind": "question", "hard": True}, "weight": 1.0, "otherwise": 0.0},
+    ]
+    assert plain[1]["as"] == "bleu_2" and plain[2]["clip"] == [-1.0, 2.0] and plain[3]["timeout"] == 5.0
+    from reward_models.weights import parse_weight
+
+    assert parse_weight(plain[1]["weight"]).at(43) == 1.0  # the other side reads the same keys
+
+
+def test_the_recipe_knows_the_rewards_that_there_are():
+    from reward_models.named import BUILT_IN
+
+    assert list(BUILT_IN) == REWARDS
+
+
+def test_guards_log_by_default_and_can_be_switched_off(write):
+    guards = load_recipe(
+        write("guards: {share: null, held_out: {action: rollback}, bad_endings: {limit: 0.5}}\n")
+    ).guards
+    assert guards.share is None and guards.blank_picture.every == 0
+    assert (guards.held_out.action, guards.held_out.patience) == ("rollback", 2)
+    assert (guards.bad_endings.action, guards.bad_endings.limit) == ("log", 0.5)
+    found = problems(write("guards:\n  repetition: {limt: 1}\n  share: {action: halt}\n  length_drift: {limit: 0}\n"))
+    assert [line.split(": got")[0] for line in found] == [
+        "r.yaml:2: guards.repetition.limt",
+        "r.yaml:3: guards.share.action",
+        "r.yaml:4: guards.length_drift.limit",
+    ]
 
 
 # --- the command line ------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def td_lambda_returns(rewards: Tensor, values: Tensor, mask: Tensor, gamma: floa
     return _accumulate(targets, mask, gamma * lam)
 
 
-def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
+def leave_one_out(scores: Tensor, group_size: int, keep: Tensor | None = None) -> Tensor:
     """A_i = s_i - mean of the other scores of its group (Kool et al. 2019, "Buy 4 REINFORCE samples").
 
     The baseline of a response is independent of that response, so the policy gradient stays unbiased; the mean over
@@ -64,6 +64,8 @@ def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
 
     Args:
         scores: (N,), the ``group_size`` responses of one prompt next to each other.
+        keep: (N,) bool, None = all. A response left out gets 0 and takes no part in the others' means; so does one
+            that has no other left to be compared with.
 
     Returns:
         (N,); each group sums to 0.
@@ -78,9 +80,10 @@ def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
         )
     if scores.dim() != 1 or len(scores) % group_size:
         raise ValueError(f"leave_one_out: scores {tuple(scores.shape)} do not fill whole groups of {group_size}")
-    groups = scores.view(-1, group_size)
-    others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
-    return (groups - others).view(-1)
+    kept = torch.ones_like(scores, dtype=torch.bool) if keep is None else keep
+    groups, number = zero_outside(scores, kept).view(-1, group_size), kept.view(-1, group_size).sum(-1, keepdim=True)
+    others = (groups.sum(-1, keepdim=True) - groups) / (number - 1).clamp_min(1)
+    return zero_outside(groups - others, kept.view(-1, group_size) & (number > 1)).view(-1)
 
 
 def _accumulate(x: Tensor, mask: Tensor, decay: float) -> Tensor:

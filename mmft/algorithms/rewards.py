@@ -33,6 +33,32 @@ def token_rewards(
     return rewards + torch.where(last, scores[:, None], torch.zeros_like(scores[:, None]))
 
 
+def potential_shaping(potentials: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """F_t = gamma * Phi(s_{t+1}) - Phi(s_t) (Ng, Harada and Russell 1999, eq. 2).
+
+    Phi is 0 before the first token and in the terminal state, whatever ``potentials`` holds there, so that
+    sum_t gamma^t F_t = 0 for every response: the shaped return from the start is the unshaped one, and the best
+    policy stays the best. What changes is when the credit arrives. With gamma = 1 and the score itself as potential,
+    score on the last token + F equals the increments of the score, token by token.
+
+    Args:
+        potentials: (N, T), Phi of the state after each token.
+        mask: (N, T) bool; masked tokens are skipped as if they were not there.
+        gamma: the discount of the returns; another one would change the best policy.
+
+    Returns:
+        (N, T), 0 outside the mask.
+    """
+    potentials = zero_outside(potentials, mask)
+    left = mask.flip(-1).cumsum(-1).flip(-1)
+    after = torch.where(left == 1, torch.zeros_like(potentials), potentials)  # the end is worth nothing
+    before, carry = [], potentials.new_zeros(len(potentials))
+    for phi, real in zip(after.unbind(1), mask.unbind(1), strict=True):
+        before.append(carry)
+        carry = torch.where(real, phi, carry)
+    return zero_outside(gamma * after - torch.stack(before, 1), mask) if before else after
+
+
 def apply_missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
     """scores - penalty where the response was cut off before its end-of-sequence token: (N,), (N,) bool -> (N,)."""
     assert ended.dtype == torch.bool and ended.shape == scores.shape

@@ -75,8 +75,10 @@ class CaptionScores(dict[str, np.ndarray]):
     Attributes:
         bleu_counts: (N, 10), see `bleu_counts`.
         word_pairs: per caption its word pairs (bigrams).
+        signatures: metric -> how exactly it is computed (tokenizer, end token, document frequencies).
     """
 
+    signatures: dict[str, str]
     bleu_counts: np.ndarray
     word_pairs: list[list[tuple[str, str]]]
 
@@ -102,15 +104,17 @@ def score_captions(
     if not len(captions):
         raise ValueError("no captions to score; the held-out set is empty")
     words = [simple(caption) for caption in captions]
+    cider, bleu = CiderD(df, eos=False), Bleu(4, smooth=True)
     scores = CaptionScores(
-        cider_d=CiderD(df, eos=False).score(list(captions), list(references)),
-        bleu_4=Bleu(4, smooth=True).score(list(captions), list(references)),
+        cider_d=cider.score(list(captions), list(references)),
+        bleu_4=bleu.score(list(captions), list(references)),
         length=np.array([len(w) for w in words], dtype=np.float64),
         bad_ending=np.array([not w or w[-1] in FUNCTION_WORDS for w in words], dtype=np.float64),
     )
     if claims is not None:
         counted = np.array([claims(caption, i) for i, caption in enumerate(captions)], dtype=np.float64)
         scores["attribute_true"], scores["attribute_total"] = counted[:, 0], counted[:, 1]
+    scores.signatures = {"cider_d": cider.signature, "bleu_4": bleu.signature}
     scores.bleu_counts = bleu_counts(words, [[simple(ref) for ref in refs] for refs in references])
     scores.word_pairs = [list(zip(w, w[1:], strict=False)) for w in words]
     return scores

@@ -88,7 +88,16 @@ def honesty(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) ->
         limit = f"a loss past {_whole(VARIETY_LOSS)} means stock phrases"
         text = f"Variety (distinct word pairs): {percent(change)}; {limit}."
         found.append(Finding("good" if change >= -VARIETY_LOSS else "bad", text))
-    return found + _collapse(metrics)
+    return found + _collapse(metrics) + _alarms(summary.get("alarms") or [])
+
+
+def _alarms(alarms: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """What the guards said while the run went on."""
+    ends = {"stop": "; training was stopped", "rollback": "; training ended with the best evaluated weights"}
+    return [
+        Finding("bad", f"Guard {a['guard']} at step {a['step']}: {a['text']}{ends.get(a['action'], '')}.")
+        for a in alarms
+    ]
 
 
 def _not_falling(name: str, before, after, difference) -> Finding:

@@ -81,6 +81,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         gallery=_gallery(run_dir, samples, name),
         metric=metric_info(name).label if name else "",
         recipe=recipe_text,
+        signatures=_flat(recorded.get("signatures")),
         versions=_flat(recorded.get("versions")),
     )
     path = run_dir / "report.html"

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 def save_adapter(policy: Policy, folder: Path) -> None:
     """``adapter/`` (plain PEFT; the whole model when there is no adapter) and ``value_head.safetensors``."""
     target = folder / ("adapter" if hasattr(policy.model, "peft_config") else "model")
-    policy.model.save_pretrained(target)
+    # Only what is trained: a learned reward may have lent the model an adapter of its own.
+    chosen = {"selected_adapters": policy.model.active_adapters} if target.name == "adapter" else {}
+    policy.model.save_pretrained(target, **chosen)
     (target / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the model card is the run's own
     if policy.value_head is not None:
         head = {k: v.detach().contiguous().cpu() for k, v in policy.value_head.state_dict().items()}
@@ -46,6 +48,7 @@ def save_checkpoint(trainer: PPOTrainer, step: int) -> Path:
         tensors, plain = _flatten(trainer.optimizer.state_dict()["state"])
         save_file(tensors, working / "optimizer.safetensors")
         state = _identity(trainer) | {"step": step, "kl": trainer.kl.state_dict(), "optimizer": plain}
+        state |= {"rewards": trainer.reward_funcs.state_dict(), "guards": trainer.guards.state_dict()}
         (working / "state.json").write_text(json.dumps(state))
         files = {str(p.relative_to(working)): _sha256(p) for p in sorted(working.rglob("*")) if p.is_file()}
         (working / "manifest.json").write_text(json.dumps({"step": step, "sha256": files}, indent=1))
@@ -80,18 +83,21 @@ def load_checkpoint(trainer: PPOTrainer, where: str | Path | bool) -> int:
     optimizer["state"] = _unflatten(load_file(folder / "optimizer.safetensors"), state["optimizer"])
     trainer.optimizer.load_state_dict(optimizer)
     trainer.kl.load_state_dict(state["kl"])
+    trainer.reward_funcs.load_state_dict(state["rewards"])
+    trainer.guards.load_state_dict(state["guards"])
     return int(state["step"])
 
 
 def _identity(trainer: PPOTrainer) -> dict[str, Any]:
     """What a checkpoint and the run that resumes it must have in common."""
     adapters = getattr(trainer.policy.model, "peft_config", {})
+    trained = [adapters[name] for name in trainer.policy.model.active_adapters] if adapters else []
     shapes = {n: list(p.shape) for n, p in trainer.policy.named_parameters() if p.requires_grad}
     return {
         "seed": trainer.config.seed,
         "critic": trainer.config.critic,
         "prompts_per_step": trainer.config.prompts_per_step,
-        "lora_rank": [config.r for config in adapters.values()],
+        "lora_rank": [config.r for config in trained],
         "trained_weights": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16],
     }
 

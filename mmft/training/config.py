@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from mmft.training.guards import DEFAULT_GUARDS, LIMITS, Guard
 
 _CHOICES = {
     "critic": ("head", "none"),
+    "critic_start": ("fit", "zero"),
     "lr_scheduler_type": ("constant", "linear", "cosine"),
     "kl_estimator": ("k1", "k2", "k3"),
 }
@@ -39,11 +42,14 @@ class PPOConfig:
         whiten_advantages: normalise advantages to mean 0 and variance 1 over the step.
         missing_eos_penalty: taken off the score of a response that did not end (None = 0).
         critic: "head" or "none".
+        critic_start: "fit" sets the value head to the least-squares fit of the first step's returns; "zero" leaves
+            it at zero.
         reward_weights: one per reward function; None = 1 each.
         save_steps, eval_steps: every so many steps; 0 = only at the end.
         eval_rows: at most this many rows of the evaluation set.
         eval_batch: prompts decoded together in evaluation.
         cache_bytes: memory for picture features kept across steps.
+        guards: name -> `mmft.training.guards.Guard`; one left out is off.
         report_to: trackers beside ``metrics.jsonl``.
     """
 
@@ -77,12 +83,14 @@ class PPOConfig:
     whiten_advantages: bool = True
     missing_eos_penalty: float | None = None
     critic: str = "head"
+    critic_start: str = "fit"
     reward_weights: list[float] | None = None
     save_steps: int = 0
     eval_steps: int = 0
     eval_rows: int = 512
     eval_batch: int = 64
     cache_bytes: int = 1 << 30
+    guards: dict[str, Guard] = field(default_factory=lambda: dict(DEFAULT_GUARDS))
     report_to: tuple[str, ...] = field(default=("tensorboard",))
 
     def __post_init__(self) -> None:
@@ -126,4 +134,15 @@ def from_recipe(recipe) -> PPOConfig:
         eval_steps=recipe.eval.every,
         eval_rows=recipe.eval.rows,
         report_to=tuple(recipe.output.trackers),
+        guards=_guards(recipe.guards),
     )
+
+
+def _guards(section) -> dict[str, Guard]:
+    """The guards of a recipe; what a section does not say is as in `DEFAULT_GUARDS`."""
+    chosen = {name: getattr(section, name) for name in LIMITS}
+    return {
+        name: replace(DEFAULT_GUARDS[name], **options.model_dump())
+        for name, options in chosen.items()
+        if options is not None
+    }

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mmft.evaluation.captioning import metric_info
+from mmft.training.guards import Alarm
 
 TRACKERS = ("tensorboard",)
 # What the progress bar shows: key of the metrics -> label and number format.
@@ -65,7 +66,7 @@ class Monitor:
         self._file, self._writer, self._bar = None, None, None
         if not is_main:
             return
-        run_dir = Path(run_dir)
+        self.run_dir = run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.console = Console()
         if not self.console.is_terminal:
@@ -74,6 +75,7 @@ class Monitor:
         done = resume_step or 0
         path = run_dir / "metrics.jsonl"
         _keep_lines_until(path, done)
+        _keep_lines_until(run_dir / "alarms.jsonl", done)
         self._file = path.open("a", encoding="utf-8")
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter  # costs a second; not every run wants it
@@ -111,6 +113,18 @@ class Monitor:
                     self._writer.add_scalar(name, value, step)
         self._show(step, numbers)
 
+    def alarms(self, alarms: Sequence[Alarm]) -> None:
+        """Shows what the guards have to say, above the progress bar, and keeps it in ``alarms.jsonl``."""
+        if not self.is_main or not alarms:
+            return
+        with (self.run_dir / "alarms.jsonl").open("a", encoding="utf-8") as file:
+            for alarm in alarms:
+                file.write(json.dumps(alarm.as_dict()) + "\n")
+                follows = {"log": "", "stop": "; training stops", "rollback": "; back to the best evaluated state"}
+                self.console.print(
+                    f"[yellow]step {alarm.step}, guard {alarm.guard}:[/] {escape(alarm.text)}{follows[alarm.action]}"
+                )
+
     def log_images(self, step: int, pictures: Sequence[Any], captions: Sequence[str], most: int = 8) -> None:
         """Shows pictures (PIL images) and what is said of them in TensorBoard; the first `most` of them."""
         if self._writer is None:
@@ -124,8 +138,9 @@ class Monitor:
         before: Mapping[str, Mapping[str, float]],
         after: Mapping[str, Mapping[str, float]],
         difference: Mapping[str, Mapping[str, float]] | None = None,
+        signatures: Mapping[str, str] | None = None,
     ) -> None:
-        """Prints the held-out table; each argument is metric -> {"mean", "low", "high"}."""
+        """Prints the held-out table, each side metric -> {"mean", "low", "high"}, and how its numbers are computed."""
         if not self.is_main:
             return
         self._stop_bar()
@@ -143,6 +158,8 @@ class Monitor:
             share = "–" if relative is None or not math.isfinite(relative) else f"{100 * relative:+.1f} %"
             table.add_row(escape(info.label), *cells, difference_text, share.replace("-", "−"), style=verdict)
         self.console.print(table)
+        for name, text in (signatures or {}).items():
+            self.console.print(f"{name}: {text}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Ends the progress bar and closes the files. May be called twice."""

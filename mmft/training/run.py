@@ -58,7 +58,7 @@ def assemble(recipe, resume: str | None = None) -> PPOTrainer:
     set_seed(recipe.seed)  # of new weights: adapters start at random
     train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
     frequencies = DocumentFrequencies.from_references(train.references())
-    rewards = build_rewards([{"name": r.name, "weight": r.weight, **r.options} for r in recipe.rewards], frequencies)
+    rewards = build_rewards([reward.model_dump() for reward in recipe.rewards], frequencies)
     output = prepare_folder(recipe, frequencies)
 
     def trainer(name: str) -> PPOTrainer:
@@ -122,7 +122,8 @@ def run_supervised(recipe) -> dict[str, Any]:
         before = scored(recipe.model.name)
     after = scored(str(warm_start(recipe, train, output / "warm_start")))
     summary = write_summary(output, held_out, before, after, time.time() - began)
-    Monitor(output, 0, trackers=(), progress=False).table(summary["before"], summary["after"], summary["difference"])
+    table = Monitor(output, 0, trackers=(), progress=False).table
+    table(summary["before"], summary["after"], summary["difference"], summary["signatures"])
     write_report(output)
     return summary
 

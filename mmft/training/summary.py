@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from mmft.evaluation.captioning import compare, summarise
 from mmft.training.evaluate import Evaluation, text_row
+from mmft.training.guards import Alarm
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets")
 _FIRST, _EXTREME = 24, 12  # held-out samples kept with pictures: the first ones, the best gains, the worst regressions
@@ -25,13 +27,15 @@ def write_summary(
     after: Evaluation | None,
     seconds: float,
     signatures: dict[str, str] | None = None,
+    alarms: Sequence[Alarm] = (),
 ) -> dict[str, Any]:
     """Writes ``summary.json`` (and samples where there is an evaluation); returns its contents.
 
     Args:
         dataset: the held-out rows.
         seconds: wall-clock time of the run.
-        signatures: reward or metric -> how exactly it is computed.
+        signatures: reward -> how exactly it is computed; those of the held-out metrics come with them.
+        alarms: what the guards said.
     """
     summary: dict[str, Any] = {"before": {}, "after": {}, "difference": {}}
     if before is not None and after is not None:
@@ -42,9 +46,12 @@ def write_summary(
             "rows": len(after.texts),
         }
         write_samples(run_dir, dataset, before, after)
+    metrics = after.metrics if after is not None else {}
     summary |= {
         "seconds": round(seconds, 1),
-        "signatures": signatures or {},
+        "signatures": {f"held-out {name}": text for name, text in getattr(metrics, "signatures", {}).items()}
+        | {f"reward {name}": text for name, text in (signatures or {}).items()},
+        "alarms": [alarm.as_dict() for alarm in alarms],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))

@@ -7,6 +7,7 @@ TRL's `PPOTrainer` as it was before its removal for the order of things; the loo
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +21,19 @@ from accelerate.utils import DistributedDataParallelKwargs
 from mmft.algorithms.kl import AdaptiveKL, FixedKL
 from mmft.algorithms.masked import explained_variance
 from mmft.batch import PromptBatch, Rollout
+from mmft.evaluation.findings import main_metric
+from mmft.evaluation.health import text_health
 from mmft.evaluation.report import write_report
 from mmft.training import rollout as stages
 from mmft.training.checkpoint import load_checkpoint, save_adapter, save_checkpoint
 from mmft.training.config import A2CConfig, PPOConfig
+from mmft.training.critic import fit_critic
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
+from mmft.training.guards import Alarm, Guards
 from mmft.training.monitor import Monitor
 from mmft.training.summary import write_summary
 from mmft.training.update import update
+from mmft.vlm.generate import generate
 from mmft.vlm.load import build_policy, load_model
 from mmft.vlm.policy import Policy
 from mmft.vlm.selftest import selftest
@@ -73,6 +79,7 @@ class PPOTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         _require_columns(train_dataset, "train_dataset")
         self.reward_funcs = as_rewards(reward_funcs, self.config.reward_weights)
+        self.guards = Guards(self.config.guards)
         self.compute_metrics = compute_metrics or self._reward_metrics
         if not isinstance(model, Policy):
             if isinstance(model, str):
@@ -86,6 +93,7 @@ class PPOTrainer:
                 needs_reference=self.config.kl_coef > 0,
                 cache_bytes=self.config.cache_bytes,
             )
+        share_backbone(self.reward_funcs, model)
         # Accelerate takes the device from its launcher; a launch on CPU has to say so itself.
         # Of a whole model some weights may take no part (a vision tower's last layer, read at the one before).
         unused = DistributedDataParallelKwargs(find_unused_parameters=not hasattr(model.model, "peft_config"))
@@ -101,6 +109,8 @@ class PPOTrainer:
         self.policy: Policy = self.accelerator.unwrap_model(self.prepared)
         kl = self.config
         self.kl = AdaptiveKL(kl.kl_coef, kl.kl_target, kl.kl_horizon) if kl.kl_target else FixedKL(kl.kl_coef)
+        if self.accelerator.num_processes > 1:
+            self.reward_funcs.reduce = self._reduce_numbers
         self.run_dir = Path(self.config.output_dir)
         self._seconds: dict[str, float] = {}
         self._begun: tuple[Evaluation | None, int] | None = None
@@ -116,12 +126,21 @@ class PPOTrainer:
         began, before, done = time.time(), *self.begin(resume_from_checkpoint)
         main = self.accelerator.is_main_process
         monitor = Monitor(self.run_dir, self.config.max_steps, main, self.config.report_to, resume_step=done or None)
+        if not done:
+            self._held_out(0, before)
+        alarms: list[Alarm] = []
         for step in range(done + 1, self.config.max_steps + 1):
             metrics = self.step(step)
+            new = self.guards.look(step, metrics)
             if self.config.eval_steps and step % self.config.eval_steps == 0 and step < self.config.max_steps:
                 held_out = self.evaluate()
                 metrics |= {f"eval/{k}": v for k, v in (held_out.means() if held_out else {}).items()}
+                new += self._held_out(step, held_out)
             monitor.log(step, metrics)
+            monitor.alarms(new)
+            alarms += new
+            if self._act(new):
+                break
             if self.config.save_steps and step % self.config.save_steps == 0:
                 save_checkpoint(self, step)
         after = self.evaluate()
@@ -129,12 +148,12 @@ class PPOTrainer:
         if main:
             save_adapter(self.policy, self.run_dir)
             summary = write_summary(
-                self.run_dir, self.eval_dataset, before, after, time.time() - began, self.signatures()
+                self.run_dir, self.eval_dataset, before, after, time.time() - began, self.signatures(), alarms
             )
             shown = [self.eval_dataset[i].get("image") for i in range(min(8, len(after.texts)))] if after else []
             if shown and all(picture is not None for picture in shown):
                 monitor.log_images(self.config.max_steps, shown, after.texts)
-            monitor.table(summary["before"], summary["after"], summary["difference"])
+            monitor.table(summary["before"], summary["after"], summary["difference"], summary["signatures"])
             write_report(self.run_dir)
         monitor.close()
         self.accelerator.wait_for_everyone()
@@ -173,15 +192,22 @@ class PPOTrainer:
                     ).logprobs
         # 5. Scores, with their parts.
         with self._timed("reward"):
-            stages.score(rollout, self.reward_funcs, config)
+            by_token = any(part.credit != "last" for part in self.reward_funcs.parts)
+            pieces = stages.pieces_of(self.policy, rollout.responses) if by_token else None
+            stages.score(rollout, self.reward_funcs, config, step, pieces)
         # 6. Token rewards, advantages, returns; statistics over all processes.
-        kl = stages.credit(rollout, config, self.kl.value, self._reduce)
+        kl = stages.earn(rollout, config, self.kl.value, self._reduce)
+        if step == 1 and config.critic == "head" and config.critic_start == "fit":
+            fit_critic(self.policy, rollout, config, self._reduce)
+        stages.credit(rollout, config, self._reduce)
         # 7. Epochs x minibatches x microbatches.
         with self._timed("update"):
             self.prepared.train()
             losses = update(self.prepared, self.optimizer, rollout, config, self.accelerator, step)
 
         metrics = self._metrics(rollout, kl, losses)
+        if self.guards.wants_blank(step):
+            metrics["blank_picture"] = self._blank_picture(rollout, step)
         self.kl.update(metrics["kl"], config.prompts_per_step * config.num_generations)
         seconds = time.perf_counter() - began
         metrics |= {f"time/{name}": value for name, value in self._seconds.items()}
@@ -193,6 +219,42 @@ class PPOTrainer:
             "learning_rate": learning_rate,
         }
         return metrics
+
+    # ---------------------------------------------------------------- guards
+
+    def _held_out(self, step: int, evaluation: Evaluation | None) -> list[Alarm]:
+        """Shows an evaluation to the guards; keeps the best state where one of them may roll back to it."""
+        means = evaluation.means() if evaluation else {}
+        name = main_metric(list(means))
+        if name is None:
+            return []
+        alarms = self.guards.held_out(step, means[name], name)
+        if self.guards.may_roll_back and self.guards.best_step == step:
+            save_checkpoint(self, step)
+        return alarms
+
+    def _act(self, alarms: list[Alarm]) -> bool:
+        """What the alarms ask for; True = the training ends here."""
+        asked = {alarm.action for alarm in alarms}
+        best = self.guards.best_step
+        if "rollback" in asked and best is not None:
+            load_checkpoint(self, self.run_dir / "checkpoints" / f"step-{best:06d}")
+        return bool(asked & {"stop", "rollback"})
+
+    def _blank_picture(self, rollout: Rollout, step: int) -> float:
+        """Share of prompts that earn as much under a grey picture as their responses did on average."""
+        config, prompts = self.config, rollout.prompts
+        blank = stages.blank_prompts(self.policy, prompts)
+        with self.accelerator.autocast():
+            responses, _ = generate(
+                self.policy, blank, 1, config.max_completion_length, config.temperature, config.seed * 1_000_003 + step
+            )
+        found = self.reward_funcs(
+            **stages.reward_columns(prompts, stages.decode(self.policy, responses)), ended=responses.ended.tolist()
+        )
+        seen = rollout.scores.view(len(prompts), -1).mean(-1).cpu().numpy()
+        as_good = torch.as_tensor(np.asarray(found.total) >= seen, dtype=torch.float32, device=rollout.scores.device)
+        return float(self.accelerator.gather(as_good).mean())
 
     # ---------------------------------------------------------------- rows
 
@@ -245,8 +307,7 @@ class PPOTrainer:
 
     def signatures(self) -> dict[str, str]:
         """Reward -> how exactly it is computed, where it says so."""
-        parts = getattr(self.reward_funcs, "parts", [])
-        return {name: function.signature for name, function, _ in parts if hasattr(function, "signature")}
+        return {part.name: part.signature for part in self.reward_funcs.parts}
 
     # ---------------------------------------------------------------- numbers
 
@@ -261,16 +322,35 @@ class PPOTrainer:
             "response_length": length,
             "ended_fraction": rollout.responses.ended.float(),
         }
+        if rollout.keep is not None:
+            per_response["reward"] = scores.where(rollout.keep, torch.nan)
         per_response |= {f"reward/{name}": part for name, part in rollout.parts.items()}
+        health = text_health(rollout.texts)
+        per_response |= {name: torch.as_tensor(v, dtype=torch.float32) for name, v in health.items()}
         gathered = {k: self.accelerator.gather(v.to(scores.device).contiguous()) for k, v in per_response.items()}
         metrics = {k: float(v[~v.isnan()].mean()) if (~v.isnan()).any() else float("nan") for k, v in gathered.items()}
-        metrics["reward_std"] = float(gathered["reward"].std(unbiased=False))
+        kept = gathered["reward"][~gathered["reward"].isnan()]
+        metrics["reward_std"] = float(kept.std(unbiased=False)) if len(kept) else 0.0
+        metrics |= self._shares(rollout)
         metrics["tokens"] = float(gathered["response_length"].sum())
         if rollout.old.values is not None and self.config.critic != "none":
             metrics["explained_variance"] = float(
                 explained_variance(rollout.old.values, rollout.returns, mask, reduce=self._reduce)
             )
         return metrics | losses
+
+    def _shares(self, rollout: Rollout) -> dict[str, float]:
+        """Each part's share in the spread of the total: its standard deviation over the sum of all parts'."""
+        device = rollout.scores.device
+        spread = {
+            n: float(self.accelerator.gather(v.to(device)).std(unbiased=False)) for n, v in rollout.weighted.items()
+        }
+        whole = sum(spread.values())
+        return {f"share/{name}": value / whole for name, value in spread.items() if whole and value}
+
+    def _reduce_numbers(self, numbers: np.ndarray) -> np.ndarray:
+        summed = self.accelerator.reduce(torch.as_tensor(numbers, device=self.accelerator.device), "sum")
+        return summed.cpu().numpy()
 
     def _reduce(self, statistics: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(statistics, "sum") if self.accelerator.num_processes > 1 else statistics
@@ -318,6 +398,18 @@ def as_rewards(reward_funcs, weights: list[float] | None):
         name = getattr(function, "__name__", type(function).__name__)
         names.append(name if name not in names else f"{name}_{len(names)}")
     return WeightedRewards(list(zip(names, functions, weights, strict=True)))
+
+
+def share_backbone(rewards, policy: Policy) -> None:
+    """Lets learned rewards read the policy's own frozen base weights, one adapter more, instead of a second copy."""
+    for part in rewards.parts:
+        share = getattr(part.function, "share", None)
+        if share is None or not hasattr(policy.model, "peft_config"):
+            continue
+        try:
+            share(policy.model, policy.pictures.processor)
+        except ValueError as reason:
+            warnings.warn(f"reward {part.name!r} loads a model of its own: {reason}", stacklevel=2)
 
 
 def _parameter_groups(policy: Policy, config: PPOConfig) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ def update(
     Raises:
         FloatingPointError: a loss or gradient is not finite on some process; no process has applied that update.
     """
-    group, mask = config.num_generations, rollout.responses.mask
+    group, mask = config.num_generations, rollout.update_mask
     lengths = mask.sum(-1).view(-1, group).sum(-1)  # (B,) response tokens of each group
     order = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     metrics: dict[str, list[float]] = defaultdict(list)
@@ -40,6 +40,8 @@ def update(
             # Groups of like length together: less padding in a packed row.
             minibatch = minibatch[lengths.cpu()[minibatch].argsort(descending=True)]
             tokens = accelerator.reduce(lengths[minibatch.to(lengths.device)].sum().float(), "sum")
+            if tokens == 0:  # rewards dropped every response: nothing to learn from, on any process
+                continue
             micros = minibatch.split(config.micro_prompts or len(minibatch))
             for i, micro in enumerate(micros):
                 # DDP averages gradients over processes; the losses are shares of a global mean, to be summed.
@@ -67,6 +69,8 @@ def update(
 
 def _summed_up(metrics: dict[str, list[float]], config: PPOConfig, accelerator) -> dict[str, float]:
     """One number per name over microbatches and processes. Losses are shares of a minibatch, so they add up."""
+    if not metrics:
+        return {}
     steps = config.num_ppo_epochs * config.num_mini_batches
     names = sorted(set(metrics) - {"ratio_error"})
     values = [
@@ -92,12 +96,14 @@ def microbatch_loss(
         scale: processes / tokens of the whole minibatch.
     """
     responses = rollout.responses.select_groups(groups, config.num_generations)
-    mask = responses.mask
-    rows = torch.as_tensor(groups, device=mask.device)[:, None] * config.num_generations
-    rows = (rows + torch.arange(config.num_generations, device=mask.device)).flatten()
+    device, width = responses.ids.device, responses.ids.shape[1]
+    rows = torch.as_tensor(groups, device=device)[:, None] * config.num_generations
+    rows = (rows + torch.arange(config.num_generations, device=device)).flatten()
 
     def own(x: Tensor) -> Tensor:
-        return x[rows, : mask.shape[1]]
+        return x[rows, :width]
+
+    mask = own(rollout.update_mask)
 
     new = policy(rollout.prompts.select(groups), responses, config.temperature, entropy=config.entropy_coef != 0)
     old_logprobs, advantages = own(rollout.old.logprobs), own(rollout.advantages)
@@ -111,7 +117,8 @@ def microbatch_loss(
         )
     loss = policy_loss
     stats = {k: float(v) for k, v in stats.items()} | {"policy_loss": policy_loss.item()}
-    stats["ratio_error"] = float(((new.logprobs.detach() - old_logprobs).exp() - 1)[mask].abs().max())
+    error = ((new.logprobs.detach() - old_logprobs).exp() - 1)[responses.mask].abs()
+    stats["ratio_error"] = float(error.max()) if len(error) else 0.0
     if new.values is not None:
         value_loss, value_stats = losses.value_loss(
             new.values, own(rollout.old.values), own(rollout.returns), mask, config.cliprange_value, denominator

@@ -131,6 +131,10 @@ class Policy(nn.Module):
             None if entropies is None else _unpack(entropies, responses.mask),
         )
 
+    def predictors(self, prompts: PromptBatch, responses: Responses) -> Tensor:
+        """The last hidden states (M, H) from which the M real response tokens are predicted: what the critic reads."""
+        return self._predictors(self.model, prompts, responses)[0]
+
     def as_reference(self):
         """A context whose value is the reference model: adapters off, or the second copy."""
         if self._reference:

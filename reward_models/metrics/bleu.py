@@ -12,67 +12,56 @@ to the numerator and the denominator of p_k for k > 1. Without smoothing the sco
 
 from __future__ import annotations
 
-import math
-from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from reward_models.metrics.text import EOS, check_rows, tokenizer_named
+from reward_models.metrics.ngrams import Growing, Tokens, occurrences
+from reward_models.metrics.reference_metric import Level, ReferenceMetric
+from reward_models.metrics.text import check_rows
 
 _TINY, _SMALL = 1e-15, 1e-9
 _VERSION = 1
 
 
-def _ngrams(words: list[str], n: int) -> list[list[Any]]:
-    """Per k = 1..n the list of k-grams (k-tuples) in order."""
-    return [list(zip(*(words[i:] for i in range(k)), strict=False)) for k in range(1, n + 1)]
+class _Counts(NamedTuple):
+    """Clipped matches (n, ...), number of n-grams (n, ...), tokens (...), length of the closest reference (...)."""
+
+    correct: np.ndarray
+    guess: np.ndarray
+    length: np.ndarray
+    closest: np.ndarray
 
 
-class _References:
-    """Lengths of the references and, per order, the most often each n-gram occurs in any one of them."""
-
-    __slots__ = ("lengths", "most")
-
-    def __init__(self, token_lists: list[list[str]], n: int) -> None:
-        self.lengths = sorted(map(len, token_lists))
-        self.most: list[dict[Any, int]] = [{} for _ in range(n)]
-        for words in token_lists:
-            for most, grams in zip(self.most, _ngrams(words, n), strict=True):
-                for gram, count in Counter(grams).items():
-                    if count > most.get(gram, 0):
-                        most[gram] = count
-
-    def closest(self, length: int) -> int:
-        return min(self.lengths, key=lambda r: (abs(r - length), r))
-
-
-def _combine(correct: Sequence[int], guess: Sequence[int], length: int, closest: int) -> list[float]:
-    """BLEU-1..n from counts, as pycocoevalcap computes it."""
+def _combine(counts: _Counts) -> np.ndarray:
+    """BLEU-1..n (n, ...) from counts, as pycocoevalcap computes it; 0 for a candidate without words."""
+    correct, guess, length, closest = counts
     ratio = (length + _TINY) / (closest + _SMALL)
-    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    out, product = [], 1.0
-    for k, (right, tried) in enumerate(zip(correct, guess, strict=True), 1):
-        product *= (right + _TINY) / (tried + _SMALL)
-        out.append(product ** (1 / k) * penalty)
-    return out
+    penalty = np.exp(1 - 1 / np.minimum(ratio, 1.0))
+    product = np.ones_like(penalty)
+    out = np.zeros(correct.shape)
+    for k in range(len(correct)):
+        product = product * ((correct[k] + _TINY) / (guess[k] + _SMALL))
+        out[k] = product ** (1 / (k + 1)) * penalty
+    return np.where(length > 0, out, 0.0)
 
 
-def _combine_smooth(correct: Sequence[int], guess: Sequence[int], length: int, closest: int) -> list[float]:
-    """BLEU-1..n with one added above and below for orders past the first; 0 without a common word."""
-    if not correct[0]:
-        return [0.0] * len(correct)
-    penalty = math.exp(min(0.0, 1 - closest / length))
-    out, logs = [], 0.0
-    for k, (right, tried) in enumerate(zip(correct, guess, strict=True), 1):
-        add = 0 if k == 1 else 1
-        logs += math.log((right + add) / (tried + add))
-        out.append(math.exp(logs / k) * penalty)
-    return out
+def _combine_smooth(counts: _Counts) -> np.ndarray:
+    """BLEU-1..n (n, ...) with one added above and below for orders past the first; 0 without a common word."""
+    correct, guess, length, closest = counts
+    penalty = np.exp(np.minimum(0.0, 1 - closest / np.maximum(length, 1)))
+    some = correct[0] > 0
+    logs = np.log(np.where(some, correct[0], 1) / np.where(some, guess[0], 1))
+    out = np.zeros(correct.shape)
+    for k in range(len(correct)):
+        if k:
+            logs = logs + np.log((correct[k] + 1) / (guess[k] + 1))
+        out[k] = np.exp(logs / (k + 1)) * penalty
+    return np.where(some, out, 0.0)
 
 
-class Bleu:
+class Bleu(ReferenceMetric):
     """Sentence BLEU-n as a reward in [0, 1]: `Bleu()(prompts=..., completions=..., references=...) -> list[float]`.
 
     smooth: see the module docstring. eos: put an end token behind every reference and every candidate that ended
@@ -90,13 +79,9 @@ class Bleu:
     ) -> None:
         if not isinstance(n, int) or not 1 <= n <= 9:
             raise ValueError(f"bleu: n must be 1 to 9, got {n!r}")
-        if cache_size < 1:
-            raise ValueError(f"bleu: cache_size must be at least 1, got {cache_size!r}")
         self.n, self.smooth, self.eos, self.tokenizer = n, bool(smooth), bool(eos), tokenizer
         self.__name__ = f"bleu_{n}"
-        self._tokenize = tokenizer_named(tokenizer)
-        self._cache: OrderedDict[tuple[str, ...], _References] = OrderedDict()
-        self._cache_size = cache_size
+        self._set_up(tokenizer, {}, cache_size)
 
     @property
     def signature(self) -> str:
@@ -107,26 +92,6 @@ class Bleu:
             f"|tok:{self.tokenizer}|version:{_VERSION}"
         )
 
-    def __call__(
-        self,
-        prompts: Any = None,
-        completions: Sequence[Any] = (),
-        references: Sequence[Sequence[str]] | None = None,
-        ended: Sequence[bool] | None = None,
-        **columns: Any,
-    ) -> list[float]:
-        rows = check_rows("bleu", completions, references, ended, columns.get("id"))
-        return self._scores(*rows)[:, -1].tolist()
-
-    def score(
-        self,
-        candidates: Sequence[str],
-        references: Sequence[Sequence[str]],
-        ended: Sequence[bool] | None = None,
-    ) -> np.ndarray:
-        """Sentence BLEU-n (N,) float64; an empty candidate gets 0. ValueError naming the row for bad references."""
-        return self.orders(candidates, references, ended)[:, -1]
-
     def orders(
         self,
         candidates: Sequence[str],
@@ -134,7 +99,11 @@ class Bleu:
         ended: Sequence[bool] | None = None,
     ) -> np.ndarray:
         """Sentence BLEU-1..n (N, n) float64."""
-        return self._scores(*check_rows("bleu", candidates, references, ended))
+        rows = check_rows("bleu", candidates, references, ended, known=self._cache)
+        out = np.zeros((len(rows[0]), self.n))
+        for at, tokens, picture in self._looked_up(*rows):
+            out[at] = self._combined(self._counts(tokens, picture)).T
+        return out
 
     def corpus(
         self,
@@ -143,50 +112,63 @@ class Bleu:
         ended: Sequence[bool] | None = None,
     ) -> np.ndarray:
         """Corpus BLEU-1..n (n,): counts and lengths are summed over all rows first; never smoothed."""
-        rows = check_rows("bleu", candidates, references, ended)
-        correct, guess, length, closest = [0] * self.n, [0] * self.n, 0, 0
-        for right, tried, c, r in map(self._counts, *rows):
-            correct = [a + b for a, b in zip(correct, right, strict=True)]
-            guess = [a + b for a, b in zip(guess, tried, strict=True)]
-            length, closest = length + c, closest + r
-        return np.array(_combine(correct, guess, length, closest)) if length else np.zeros(self.n)
+        rows = check_rows("bleu", candidates, references, ended, known=self._cache)
+        sums = np.zeros((2 * self.n + 2, 1), np.int64)
+        for _, tokens, picture in self._looked_up(*rows):
+            sums += np.concatenate([np.atleast_2d(part) for part in self._counts(tokens, picture)]).sum(1)[:, None]
+        return _combine(_Counts(sums[: self.n], sums[self.n : -2], sums[-2], sums[-1]))[:, 0]
 
-    def _scores(self, texts: list[str], references: list[tuple[str, ...]], ended: list[bool]) -> np.ndarray:
-        combine = _combine_smooth if self.smooth else _combine
-        out = np.zeros((len(texts), self.n))
-        for i, counts in enumerate(map(self._counts, texts, references, ended)):
-            if counts[2]:
-                out[i] = combine(*counts)
-        return out
+    def _combined(self, counts: _Counts) -> np.ndarray:
+        return (_combine_smooth if self.smooth else _combine)(counts)
 
-    def _counts(self, text: str, references: tuple[str, ...], ended: bool) -> tuple[list[int], list[int], int, int]:
-        """Clipped matches and number of k-grams per order, length of the candidate, length of the closest reference."""
-        words = self._tokenize(text)
-        if words and self.eos and ended:
-            words.append(EOS)
-        refs = self._vectorised(references)
-        correct = []
-        for grams, most in zip(_ngrams(words, self.n), refs.most, strict=True):
-            found = [gram for gram in grams if gram in most]
-            # a set is cheaper than a Counter, and most sentences repeat no n-gram
-            if len(set(found)) == len(found):
-                correct.append(len(found))
-            else:
-                correct.append(sum(min(count, most[gram]) for gram, count in Counter(found).items()))
-        guess = [max(0, len(words) - k) for k in range(self.n)]
-        return correct, guess, len(words), refs.closest(len(words))
+    def _start(self) -> None:
+        self._most = Growing(np.int64)  # per node: how often the n-gram occurs in the reference that has most of it
+        self._most.append(np.zeros(1, np.int64))
 
-    def _vectorised(self, references: tuple[str, ...]) -> _References:
-        found = self._cache.get(references)
-        if found is None:
-            tail = [EOS] if self.eos else []
-            found = _References([self._tokenize(ref) + tail for ref in references], self.n)
-            self._cache[references] = found
-            if len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
-        else:
-            self._cache.move_to_end(references)
-        return found
+    def _keep(self, tokens: Tokens, columns: np.ndarray, levels: list[Level], roots: int) -> None:
+        self._most.append(np.zeros(roots, np.int64))
+        for level in levels:
+            most = np.zeros(level.size, np.int64)
+            np.maximum.at(most, level.node, level.times)
+            self._most.append(most)
+
+    def _matched(self, tokens: Tokens, picture: np.ndarray) -> list[np.ndarray]:
+        """Per order 1..n: positions of the n-grams that count as matched."""
+        nth = occurrences(tokens, self.n)
+        return [
+            at[nth[n].take(at) <= self._most.data.take(node)]
+            for n, (at, node) in enumerate(self._matches(tokens, picture))
+        ]
+
+    def _counts(self, tokens: Tokens, picture: np.ndarray) -> _Counts:
+        rows, length = len(picture), tokens.lengths
+        matched = self._matched(tokens, picture)
+        correct = np.stack([np.bincount(tokens.rows.take(at), minlength=rows) for at in matched])
+        guess = np.maximum(length - np.arange(self.n)[:, None], 0)
+        return _Counts(correct, guess, length, self._closest(length, picture))
+
+    def _closest(self, length: np.ndarray, picture: np.ndarray) -> np.ndarray:
+        """Length of the closest reference, the shorter one on a tie, for candidates of `length` (..., N) tokens."""
+        slots = self._slots(picture)
+        best = np.full(np.broadcast_shapes(length.shape, slots.size.shape), np.iinfo(np.int64).max)
+        for own, there in zip(slots.length, slots.there, strict=True):
+            rank = np.abs(own - length) << 32 | own  # distance first, then length
+            best = np.minimum(best, np.where(there, rank, best))
+        return best & 0xFFFFFFFF
+
+    def _scores(self, tokens: Tokens, picture: np.ndarray) -> np.ndarray:
+        return self._combined(self._counts(tokens, picture))[-1]
+
+    def _paths(self, tokens: Tokens, picture: np.ndarray) -> np.ndarray:
+        longest = int(tokens.lengths.max())
+        correct = np.zeros((self.n, longest + 1, len(picture)), np.int64)
+        places = tokens.places
+        for n, at in enumerate(self._matched(tokens, picture)):
+            correct[n, places.take(at) + n + 1, tokens.rows.take(at)] = 1
+        words = np.arange(longest + 1)[:, None]
+        guess = np.maximum(words - np.arange(self.n)[:, None, None], 0)
+        closest = self._closest(words, picture)
+        return self._combined(_Counts(correct.cumsum(1), guess, np.broadcast_to(words, closest.shape), closest))[-1]
 
 
 def corpus_bleu(

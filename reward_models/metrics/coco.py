@@ -1,4 +1,4 @@
-"""Score a COCO results file against a COCO caption file, as the official server does but without Java.
+"""Score a COCO results file against a COCO caption file, as the official server does; Java only for METEOR and SPICE.
 
 References: {"images": [{"id": ...}], "annotations": [{"image_id": ..., "caption": "..."}]} ("images" is optional).
 Results: [{"image_id": ..., "caption": "..."}], one entry per picture.
@@ -11,13 +11,26 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from reward_models.metrics.bleu import Bleu
-from reward_models.metrics.cider import CiderD
+from reward_models.metrics.cider import Cider, CiderD
+from reward_models.metrics.java import Meteor, Spice
 from reward_models.metrics.ngrams import DocumentFrequencies
+from reward_models.metrics.rouge import RougeL
 
-METRICS = ("cider_d", "bleu")
+METRICS = ("cider_d", "bleu", "rouge_l", "cider", "meteor", "spice")
+DEFAULT_METRICS = METRICS[:3]
+
+
+class MetricScores(NamedTuple):
+    """means: what is reported of the whole, by name; rows: name -> (N,) float64; signature: what they depend on."""
+
+    means: dict[str, float]
+    rows: dict[str, np.ndarray]
+    signature: str
 
 
 def _read_json(path: str) -> Any:
@@ -96,14 +109,73 @@ def check_metrics(metrics: Sequence[str]) -> None:
             raise ValueError(f"unknown metric {metric!r}; {hint}There are: {', '.join(METRICS)}")
 
 
-def score_files(
-    references_path: str, results_path: str, metrics: Sequence[str] = METRICS, df_path: str | None = None
-) -> dict[str, Any]:
-    """Scores of a results file: {"means", "images": {id: {...}}, "signatures", "pictures"}.
+def _tokenizer(df: DocumentFrequencies | None, tokenizer: str | None) -> str:
+    if df is not None and tokenizer not in (None, df.tokenizer):
+        raise ValueError(f"the document frequencies were counted with tokenizer {df.tokenizer!r}, not {tokenizer!r}")
+    return df.tokenizer if df is not None else tokenizer or "simple"
 
-    cider_d and cider_d's document frequencies follow the official server: no end token, and counted over the reference
-    file unless `df_path` names a saved file. Means of BLEU are corpus BLEU; per picture, unsmoothed sentence BLEU.
+
+def score_rows(
+    metric: str,
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    df: DocumentFrequencies | None = None,
+    tokenizer: str | None = None,
+    **options: Any,
+) -> MetricScores:
+    """N candidates against their references with one metric, the way the COCO server does by default.
+
+    That is: no end token (eos=False), document frequencies counted over `references` (one document per row) unless
+    `df` is given, and BLEU without smoothing. The means of `bleu` and `meteor` are scores of the whole corpus. The
+    tokenizer is that of `df`, or `simple`. Further options are those of the metric's class. ValueError for a wrong one.
     """
+    check_metrics([metric])
+    tokenizer = _tokenizer(df, tokenizer)
+    try:
+        if metric in ("cider_d", "cider"):
+            if df is None and len(references) < 2:
+                raise ValueError("only one row: the frequencies of a corpus are needed (a saved file, or more rows)")
+            df = df or DocumentFrequencies.from_references(references, tokenizer=tokenizer)
+            kind = CiderD if metric == "cider_d" else Cider
+            return _plain(metric, kind(df, **{"eos": False, **options}), candidates, references)
+        if metric == "bleu":
+            return _bleu(Bleu(**{"smooth": False, "tokenizer": tokenizer, **options}), candidates, references)
+        if metric == "rouge_l":
+            return _plain(metric, RougeL(tokenizer=tokenizer, **options), candidates, references)
+        if metric == "spice":
+            return _plain(metric, Spice(tokenizer=tokenizer, **options), candidates, references)
+        with Meteor(tokenizer=tokenizer, **options) as meteor:
+            rows = {metric: meteor.score(candidates, references)}
+            return MetricScores({metric: meteor.corpus(candidates, references)}, rows, meteor.signature)
+    except TypeError as error:  # an option that the class does not have
+        raise ValueError(f"{metric}: {error}") from error
+    except ValueError as error:
+        if str(error).startswith(metric):
+            raise
+        raise ValueError(f"{metric}: {error}") from error
+
+
+def _plain(metric: str, scorer: Any, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> MetricScores:
+    values = scorer.score(candidates, references)
+    return MetricScores({metric: float(values.mean()) if len(values) else 0.0}, {metric: values}, scorer.signature)
+
+
+def _bleu(bleu: Bleu, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> MetricScores:
+    orders, corpus = bleu.orders(candidates, references), bleu.corpus(candidates, references)
+    names = [f"bleu_{n}" for n in range(1, bleu.n + 1)]
+    means = dict(zip(names, corpus.tolist(), strict=True))
+    return MetricScores(means, dict(zip(names, orders.T, strict=True)), bleu.signature)
+
+
+def score_files(
+    references_path: str,
+    results_path: str,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    df_path: str | None = None,
+    tokenizer: str | None = None,
+) -> dict[str, Any]:
+    """Scores of a results file: {"means", "images": {id: {...}}, "signatures", "pictures"}; see `score_rows`."""
     check_metrics(metrics)
     references = read_references(references_path)
     results = read_results(results_path, references)
@@ -112,27 +184,16 @@ def score_files(
     images: dict[str, dict[str, float]] = {str(i): {} for i in ids}
     if len(images) != len(ids):
         raise ValueError(f"{references_path}: image ids that differ only in type (1 and '1') cannot be told apart")
+    df = DocumentFrequencies.load(df_path) if df_path else None
+    if df is None and len(refs) < 2 and {"cider_d", "cider"} & set(metrics):
+        raise ValueError(f"{references_path}: only one picture; CIDEr needs frequencies of a corpus: give --df FILE")
     means: dict[str, float] = {}
     signatures: dict[str, str] = {}
-    df = DocumentFrequencies.load(df_path) if df_path else None
-    tokenizer = df.tokenizer if df else "simple"
     for metric in metrics:
-        if metric == "cider_d":
-            if df is None and len(refs) < 2:
-                raise ValueError(
-                    f"{references_path}: only one picture; CIDEr-D needs frequencies of a corpus: give --df FILE"
-                )
-            cider = CiderD(df or DocumentFrequencies.from_references(refs), eos=False)
-            columns = {"cider_d": cider.score(candidates, refs)}
-            means["cider_d"] = float(columns["cider_d"].mean())
-            signatures["cider_d"] = cider.signature
-        else:
-            bleu = Bleu(4, smooth=False, tokenizer=tokenizer)
-            orders = bleu.orders(candidates, refs)
-            columns = {f"bleu_{n}": orders[:, n - 1] for n in range(1, 5)}
-            means |= {f"bleu_{n}": float(v) for n, v in enumerate(bleu.corpus(candidates, refs), 1)}
-            signatures["bleu"] = bleu.signature
-        for name, values in columns.items():
+        scores = score_rows(metric, candidates, refs, df=df, tokenizer=tokenizer)
+        means |= scores.means
+        signatures[metric] = scores.signature
+        for name, values in scores.rows.items():
             for i, value in zip(ids, values.tolist(), strict=True):
                 images[str(i)][name] = value
     return {"means": means, "images": images, "signatures": signatures, "pictures": len(ids)}

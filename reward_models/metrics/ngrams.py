@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,18 +38,31 @@ class Tokens(NamedTuple):
     left: np.ndarray
     lengths: np.ndarray
 
+    @property
+    def places(self) -> np.ndarray:
+        """(T,) place of each token in its own list, from 0."""
+        return self.lengths.take(self.rows) - self.left
 
-def lay_out(token_lists: Sequence[list[str]], known: Mapping[str, int], fresh: dict[str, int]) -> Tokens:
-    """Ids from `known`; words outside it get ids in `fresh`, which is extended (they start at len(known))."""
-    lengths = np.fromiter(map(len, token_lists), np.int64, len(token_lists))
-    flat = list(chain.from_iterable(token_lists))
-    words = np.fromiter(map(known.get, flat, repeat(-1)), np.int64, len(flat))
-    base = len(known)
-    for i in np.flatnonzero(words < 0).tolist():
-        words[i] = fresh.setdefault(flat[i], base + len(fresh))
-    rows = np.repeat(np.arange(len(token_lists)), lengths)
-    left = np.cumsum(lengths).take(rows) - np.arange(len(flat))
-    return Tokens(words, rows, left, lengths)
+
+def lay_out(words: np.ndarray, lengths: np.ndarray) -> Tokens:
+    """Tokens from the words (T,) of all lists and the lengths (N,) of the lists."""
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    return Tokens(words, rows, np.cumsum(lengths).take(rows) - np.arange(len(words)), lengths)
+
+
+def take_rows(tokens: Tokens, rows: np.ndarray) -> Tokens:
+    """The lists with these numbers, in this order."""
+    lengths = tokens.lengths[rows]
+    starts = (np.cumsum(tokens.lengths) - tokens.lengths)[rows]
+    at = spread(starts, lengths)
+    return Tokens(tokens.words[at], np.repeat(np.arange(len(rows)), lengths), tokens.left[at], lengths)
+
+
+def spread(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... for each (start, length), laid end to end."""
+    out = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    out += np.arange(len(out))
+    return out
 
 
 def grow(tokens: Tokens, first: np.ndarray, order: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -149,23 +162,26 @@ class Trie:
             if n > 1:
                 keep = np.flatnonzero(tokens.left.take(at) >= n)
                 at, node = at.take(keep), node.take(keep)
-            node = self.find((node.astype(np.int64) << SHIFT) | tokens.words.take(at + (n - 1)))
+            keys = node.astype(np.int64)
+            keys <<= SHIFT
+            keys |= tokens.words.take(at + (n - 1))
+            node = self.find(keys)
             keep = np.flatnonzero(node >= 0)
             at, node = at.take(keep), node.take(keep)
             yield at, node
 
 
-def multiplicities(tokens: Tokens, order: int) -> np.ndarray:
-    """(order, T) int64: how often the n-gram starting at each position occurs in its own list (1 where none starts).
+def occurrences(tokens: Tokens, order: int) -> np.ndarray:
+    """(order, T) int64: which occurrence in its own list, from 1, the n-gram starting at each position is.
 
-    A repeated n-gram has a repeated (n-1)-gram in front, so only those are looked at again.
+    1 where none starts. A repeated n-gram has a repeated (n-1)-gram in front, so only those are looked at again.
     """
     out = np.ones((order, len(tokens.words)), dtype=np.int64)
     at = np.arange(len(tokens.words))
     group = tokens.rows
     for n in range(1, order + 1):
         keys = group << SHIFT | tokens.words[at + (n - 1)]
-        sort = keys.argsort()
+        sort = keys.argsort(kind="stable")
         keys = keys[sort]
         repeats = np.zeros(len(keys) + 1, dtype=bool)
         np.equal(keys[1:], keys[:-1], out=repeats[1:-1])
@@ -174,7 +190,8 @@ def multiplicities(tokens: Tokens, order: int) -> np.ndarray:
             break
         at = at[sort[again]]
         group = np.cumsum(~repeats[again]) - 1
-        out[n - 1][at] = np.bincount(group).take(group)
+        first = np.flatnonzero(~repeats[again])
+        out[n - 1][at] = np.arange(len(again)) - first[group] + 1
         keep = tokens.left[at] > n
         at, group = at[keep], group[keep]
     return out
@@ -219,7 +236,9 @@ class DocumentFrequencies:
             lists.extend([*tokenize(ref), EOS] for ref in refs)
             sizes.append(len(refs))
         words = sorted(set(chain.from_iterable(lists)))
-        tokens = lay_out(lists, {word: i for i, word in enumerate(words)}, {})
+        ids = {word: i for i, word in enumerate(words)}
+        flat = np.fromiter(map(ids.__getitem__, chain.from_iterable(lists)), np.int64)
+        tokens = lay_out(flat, np.fromiter(map(len, lists), np.int64, len(lists)))
         document = np.repeat(np.arange(len(sizes)), sizes)[tokens.rows]
         all_keys, all_counts = [np.array([-1])], [np.array([len(sizes)], np.int32)]
         parents = 0  # number of the first node of the order before
@@ -239,7 +258,9 @@ class DocumentFrequencies:
 
     def count(self, ngram: Sequence[str]) -> int:
         """Number of documents that hold the n-gram, given as a list of 1 to 4 tokens (not tokenised again)."""
-        tokens = lay_out([list(ngram)], self.ids, {})
+        if not all(word in self.ids for word in ngram):
+            return 0
+        tokens = lay_out(np.array([self.ids[word] for word in ngram], np.int64), np.array([len(ngram)]))
         start = np.zeros(1, dtype=np.int64)
         *_, (at, node) = self._trie.descend(tokens, start, start, 1, len(ngram))
         return int(self.counts[node[0]]) if len(at) else 0

@@ -176,3 +176,10 @@ def test_leave_one_out_refuses_groups_it_cannot_compare():
         leave_one_out(torch.ones(4), 1)
     with pytest.raises(ValueError, match="whole groups of 3"):
         leave_one_out(torch.ones(4), 3)
+
+
+def test_leave_one_out_over_the_kept_alone():
+    # Kills: a dropped score in its siblings' mean; a mean over G - 1 where fewer are left; a lone survivor's own score.
+    scores = torch.tensor([1.0, float("nan"), 4.0, 7.0, 5.0, 6.0])
+    keep = torch.tensor([True, False, True, False, True, False])
+    assert leave_one_out(scores, 3, keep).tolist() == [-3.0, 0.0, 3.0, 0.0, 0.0, 0.0]

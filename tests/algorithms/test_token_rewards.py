@@ -2,7 +2,7 @@
 
 import torch
 
-from mmft.algorithms.rewards import apply_missing_eos_penalty, token_rewards
+from mmft.algorithms.rewards import apply_missing_eos_penalty, potential_shaping, token_rewards
 
 NAN, INF = float("nan"), float("inf")
 
@@ -50,3 +50,29 @@ def test_missing_eos_penalty_hits_the_cut_off_responses_only():
     got = apply_missing_eos_penalty(scores, torch.tensor([True, False, True]), 0.5)
     assert got[:2].tolist() == [1.0, 1.5] and got[2].isnan()
     assert scores[1] == 2.0  # the caller's scores are left alone
+
+
+def test_potential_shaping_by_hand():
+    # Kills: gamma left out, the end's potential kept, the potential before instead of after a token.
+    phi = tensor([1.0, 3.0, 7.0], [2.0, 5.0, NAN], [4.0, INF, NAN], [NAN, NAN, NAN])
+    expected = tensor([0.5, 0.5, -3.0], [1.0, -2.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0])
+    torch.testing.assert_close(potential_shaping(phi, MASK, 0.5), expected, atol=0, rtol=0)
+
+
+def test_shaping_leaves_the_return_from_the_start_alone():
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.randn(50, 9, generator=generator, dtype=torch.float64)
+    mask = torch.rand(50, 9, generator=generator) < 0.7
+    for gamma in (1.0, 0.9, 0.3):
+        shaped = potential_shaping(phi, mask, gamma)
+        for row, real in zip(shaped, mask, strict=True):
+            tokens = row[real]
+            assert abs(sum(gamma**t * f for t, f in enumerate(tokens.tolist()))) < 1e-12
+
+
+def test_score_plus_shaping_is_the_increment_of_the_score_when_undiscounted():
+    # Phi = the score of the prefix; the last prefix is the whole response.
+    phi = tensor([1.0, 3.0, 10.0], [2.0, 20.0, NAN], [30.0, NAN, NAN], [NAN, NAN, NAN])
+    shaped = token_rewards(SCORES, torch.zeros_like(KL), MASK, 0.0, potential_shaping(phi, MASK, 1.0))
+    increments = tensor([1.0, 2.0, 7.0], [2.0, 18.0, 0.0], [30.0, 0.0, 0.0], [0.0, 0.0, 0.0])
+    torch.testing.assert_close(shaped, increments, atol=0, rtol=0)

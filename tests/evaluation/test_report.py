@@ -71,10 +71,18 @@ def make_run(folder: Path, finished=True, caption="a red circle", rows=30) -> Pa
             "difference": {"cider_d": interval(0.95, relative=0.95), "length": interval(-2.0, relative=-0.4)},
             "seconds": 120.0,
             "versions": {"torch": "2.13"},
+            "signatures": {"held-out cider_d": "CIDEr-D|eos:no|tok:simple"},
+            "alarms": [{"guard": "repetition", "step": 3, "text": "responses repeat 40%", "action": "stop"}],
         }
         (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "recipe.yaml").write_text(f"seed: 0 # {caption}\n", encoding="utf-8")
     return folder
+
+
+def test_signatures_and_alarms_are_told(tmp_path):
+    page = Page(write_report(make_run(tmp_path)))
+    assert "CIDEr-D|eos:no|tok:simple" in page.text
+    assert "Guard repetition at step 3: responses repeat 40%; training was stopped." in page.text
 
 
 def test_hostile_text_stays_text(tmp_path):

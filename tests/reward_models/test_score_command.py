@@ -49,6 +49,31 @@ def test_frequencies_from_a_file(run, tmp_path):
     DocumentFrequencies.from_references([["a dog"], ["a cat"], ["grass"]]).save(tmp_path / "f.df")
     code, out, _ = run(REFERENCES, RESULTS, "--df", tmp_path / "f.df", "--metrics", "cider_d")
     assert code == 0 and "docs:3" in out and "bleu" not in out
+    code, out, err = run(REFERENCES, RESULTS, "--df", tmp_path / "f.df", "--tokenizer", "whitespace")
+    assert code == 2 and out == "" and "counted with tokenizer 'simple', not 'whitespace'" in err
+
+
+def test_metrics_and_tokenizer_by_option(run, tmp_path):
+    code, out, _ = run(REFERENCES, RESULTS, "--json", tmp_path / "out.json")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0 and list(report["signatures"]) == ["cider_d", "bleu", "rouge_l"]
+    assert report["images"]["1"]["rouge_l"] == pytest.approx(1)
+    assert report["means"]["rouge_l"] == pytest.approx((1 + report["images"]["2"]["rouge_l"]) / 2)
+    for signature in report["signatures"].values():
+        assert "tok:simple" in signature and signature in out
+
+    code, out, _ = run(REFERENCES, RESULTS, "--metrics", "rouge_l,cider", "--tokenizer", "whitespace", "--json", "-")
+    report = json.loads(out)
+    assert code == 0 and list(report["means"]) == ["rouge_l", "cider"]
+    # "grass" is not "grass." now: 5 of 6 words in common, on both sides
+    assert report["images"]["1"]["rouge_l"] == pytest.approx(5 / 6)
+    assert all("tok:whitespace" in line for line in report["signatures"].values())
+
+
+def test_a_metric_without_java_says_so(run, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    code, out, err = run(REFERENCES, RESULTS, "--metrics", "meteor")
+    assert code == 2 and out == "" and err.startswith("error: meteor needs")
 
 
 @pytest.mark.parametrize(
@@ -68,8 +93,9 @@ def test_frequencies_from_a_file(run, tmp_path):
             [],
             "no caption, first ids: 3",
         ),
-        (REFERENCES, RESULTS, ["--metrics", "rouge_l"], "'rouge_l'; There are: cider_d, bleu"),
-        (REFERENCES, RESULTS, ["--metrics", "cider"], "did you mean 'cider_d'"),
+        (REFERENCES, RESULTS, ["--metrics", "chrf"], "'chrf'; There are: cider_d, bleu, rouge_l, cider, meteor"),
+        (REFERENCES, RESULTS, ["--metrics", "cider_r"], "did you mean 'cider"),
+        (REFERENCES, RESULTS, ["--tokenizer", "moses"], "unknown tokenizer 'moses'"),
         (REFERENCES, RESULTS, ["--df", "nowhere.df"], "nowhere.df: no such file"),
     ],
 )

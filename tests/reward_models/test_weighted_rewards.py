@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from reward_models import Bleu, CiderD, DocumentFrequencies, WeightedRewards, build_rewards
+from reward_models.rewards import RewardPart
 
 ROOT = Path(__file__).resolve().parents[2]
 DF = DocumentFrequencies.from_references([["a dog"], ["a cat"], ["a red bus"]])
@@ -71,6 +72,137 @@ def test_names_must_differ():
         WeightedRewards([("x", constant([]), 1), ("x", constant([]), 1)])
 
 
+# --- credit per token -------------------------------------------------------------------------------
+
+
+class Letters:
+    """The number of letters (None for "?"), and what each piece adds to it."""
+
+    def __init__(self, error=0.0, rows=lambda rows: rows):
+        self.error, self.rows, self.asked = error, rows, 0
+
+    def __call__(self, completions, **columns):
+        return [None if text == "?" else len(text) for text in completions]
+
+    def increments(self, pieces, **columns):
+        assert "completions" not in columns and "prompts" not in columns and columns["ended"] == [True] * len(pieces)
+        self.asked += 1
+        return self.rows([np.array([len(piece) + self.error for piece in row]) for row in pieces])
+
+
+PIECES = [["a", "bc", ""], ["def"]]
+TWO = {"completions": ["abc", "def"], "pieces": PIECES, "ended": [True, True]}
+
+
+def test_dense_credit_is_spread_and_the_rest_stays_at_the_end():
+    scores = WeightedRewards([RewardPart("x", Letters(), 2.0, "dense"), RewardPart("y", constant([5.0, 7.0]))])(**TWO)
+    assert [row.tolist() for row in scores.dense] == [[2.0, 4.0, 0.0], [6.0]]
+    assert scores.total.tolist() == [11.0, 13.0] and scores.last.tolist() == [5.0, 7.0] and scores.potentials is None
+
+
+def test_shaping_gives_prefix_scores_and_leaves_the_total_where_it_was():
+    scores = WeightedRewards([RewardPart("x", Letters(), 2.0, "shaping"), RewardPart("y", constant([5.0, 7.0]))])(**TWO)
+    assert [row.tolist() for row in scores.potentials] == [[2.0, 6.0, 6.0], [6.0]] and scores.dense is None
+    assert scores.last.tolist() == scores.total.tolist() == [11.0, 13.0]
+
+
+@pytest.mark.parametrize("normalize", ["running", "batch", "group"])
+def test_normalised_credit_sums_to_what_the_part_adds(normalize):
+    # Forgetting either the division or the mean breaks the sum; the mean must sit on the last token alone.
+    texts, pieces = ["abc", "d", "", "?"], [["ab", "c"], ["d", ""], [], ["?"]]
+    rewards = WeightedRewards([RewardPart("x", Letters(), 3.0, "dense", normalize)])
+    with pytest.warns(UserWarning, match="row 3: no reward has an opinion"):
+        scores = rewards(completions=texts, pieces=pieces, ended=[True] * 4, group_size=2, training=True)
+    assert [row.sum() + last for row, last in zip(scores.dense, scores.last)] == pytest.approx(scores.total.tolist())
+    deviation = np.std([3, 1]) if normalize == "group" else np.std([3, 1, 0])
+    assert scores.dense[0][0] == pytest.approx(3.0 * 2 / deviation) and scores.last[:2].tolist() == [0.0, 0.0]
+    assert scores.last[2] == scores.total[2] and scores.dense[3].tolist() == [0.0]  # no token; no opinion
+
+
+def test_several_dense_parts_and_weights_by_row_add_up():
+    parts = [RewardPart("x", Letters(), {"column": "w"}, "dense"), RewardPart("y", Letters(), -1.0, "dense")]
+    parts.append(RewardPart("z", Letters(), 0.5, "shaping"))
+    scores = WeightedRewards(parts)(**TWO, w=[3.0, 0.0])
+    assert [row.tolist() for row in scores.dense] == [[2.0, 4.0, 0.0], [-3.0]]
+    assert [row.tolist() for row in scores.potentials] == [[0.5, 1.5, 1.5], [1.5]]
+    assert scores.last.tolist() == [1.5, 1.5]
+
+
+def test_nothing_is_asked_of_a_dense_part_that_counts_nothing():
+    letters = Letters()
+    scores = WeightedRewards([RewardPart("x", letters, 0.0, "dense"), RewardPart("y", constant([5.0, 7.0]))])(**TWO)
+    assert letters.asked == 0 and [row.tolist() for row in scores.dense] == [[0.0] * 3, [0.0]]
+
+
+def test_without_pieces_a_held_out_call_has_the_plain_total():
+    rewards = WeightedRewards([RewardPart("x", Letters(), 1.0, "dense")])
+    scores = rewards(completions=["abc"], ended=[True])
+    assert scores.total.tolist() == scores.last.tolist() == [3.0] and scores.dense is None
+    with pytest.raises(ValueError, match="reward 'x': credit dense needs pieces="):
+        rewards(completions=["abc"], ended=[True], training=True)
+
+
+def test_a_bad_value_in_a_dense_part_gives_no_credit():
+    class Broken(Letters):
+        def __call__(self, completions, **columns):
+            return [3.0, float("nan")]
+
+        def increments(self, pieces, **columns):
+            return [np.array([1.0, 2.0, 0.0]), np.array([float("nan")])]
+
+    with pytest.warns(UserWarning, match="counted as 0"):
+        scores = WeightedRewards([RewardPart("x", Broken(), 1.0, "dense", nonfinite="zero")])(**TWO)
+    assert [row.tolist() for row in scores.dense] == [[1.0, 2.0, 0.0], [0.0]] and scores.last.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("letters", "message"),
+    [
+        (Letters(error=0.5), r"reward 'x', row 0 \(id 'p'\): increments sum to 4.5 but the score is 3"),
+        (Letters(error=float("nan")), r"row 0 \(id 'p'\): increments sum to nan"),
+        (Letters(rows=lambda rows: [row[:-1] for row in rows]), r"increments of shape \(2,\), expected \(3,\)"),
+        (Letters(rows=lambda rows: rows[:1]), "reward 'x': 1 rows of increments for 2 completions"),
+    ],
+)
+def test_wrong_increments_are_refused(letters, message):
+    with pytest.raises(ValueError, match=message):
+        WeightedRewards([RewardPart("x", letters, 1.0, "dense")])(**TWO, id=["p", "q"])
+
+
+def test_credit_that_cannot_be_given_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"reward 'x': credit dense needs a reward with increments.*cider_d"):
+        RewardPart("x", constant([]), 1.0, "dense")
+    with pytest.raises(ValueError, match="reward 'x': clip and credit dense exclude each other"):
+        RewardPart("x", Letters(), 1.0, "dense", clip=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"credit": "dens"}, "credit is 'dens', expected one of last, dense, shaping"),
+        ({"normalize": "mean"}, "normalize is 'mean', expected one of None, running, batch, group"),
+        ({"nonfinite": "skip"}, "nonfinite is 'skip', expected one of raise, drop, zero"),
+        ({"clip": (1, 1)}, r"clip is \(1, 1\), expected \(low, high\)"),
+        ({"clip": 3}, "clip is 3"),
+        ({"clip": ("0", "1")}, "clip is"),
+        ({"name": ""}, "a reward's name must be text"),
+    ],
+)
+def test_wrong_options_of_a_part_are_named(option, message):
+    with pytest.raises(ValueError, match=message):
+        RewardPart(**{"name": "x", "function": constant([]), **option})
+
+
+def test_the_signature_says_how_each_part_counts():
+    parts = [RewardPart("x", Letters(), {"share": 0.3}, "dense", "running"), ("y", CiderD(DF), 0.5)]
+    first, second = WeightedRewards([*parts, RewardPart("z", Letters(), clip=(0, 2))]).signature.splitlines()[:2]
+    assert first == "x x share(0.3)|credit:dense|normalize:running: Letters"
+    assert second == f"y x 0.5: {CiderD(DF).signature}"
+
+
+# --- the metrics as rewards, and rewards from plain data --------------------------------------------
+
+
 def test_metrics_are_trl_functions_for_plain_and_conversational_completions():
     for metric in (CiderD(DF), Bleu(2)):
         plain = metric(prompts=["p"] * 2, completions=["a dog", "bus"], references=REFS, completion_ids=[[1], [2]])
@@ -128,7 +260,7 @@ def test_build_rewards_reads_names_weights_and_options(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "cider"}, "did you mean 'cider_d'"),
+        ({"name": "cidre_d"}, "did you mean 'cider_d'"),
         ({"name": "bleu", "m": 3}, r"rewards\[0\] \(bleu\).*'m'"),
         ({"name": "no_such_module_here:f"}, "no_such_module_here"),
         ({"name": "reward_models.metrics.text:simpel"}, "did you mean 'simple'"),
@@ -145,6 +277,21 @@ def test_mistakes_in_specs_are_named(spec, message):
 def test_cider_without_frequencies_is_refused():
     with pytest.raises(ValueError, match="document frequencies"):
         build_rewards([{"name": "cider_d"}], None)
+
+
+def test_dense_cider_d_from_a_recipe_sums_to_its_score():
+    if not hasattr(CiderD, "increments"):
+        pytest.skip("CIDEr-D has no increments")
+    rewards = build_rewards([{"name": "cider_d", "credit": "dense", "normalize": "running", "weight": 0.5}], DF)
+    scores = rewards(
+        completions=["a red bus", "a dog"],
+        pieces=[["a", " red", " b", "us", ""], ["a", " dog"]],
+        references=[["a red bus"], ["a cat", "a red dog"]],
+        ended=[True, False],
+        training=True,
+    )
+    assert [row.sum() for row in scores.dense] == pytest.approx(scores.total.tolist(), abs=1e-9)
+    assert scores.last.tolist() == [0.0, 0.0] and scores.dense[0][2] == 0.0  # " b" completes no word
 
 
 def test_import_needs_nothing_but_numpy():

@@ -1,0 +1,184 @@
+"""Live guards against reward hacking: each looks at one number of a step, and says when it has left its range.
+
+A policy that has found a fault of its reward shows it in the text long before anybody reads a sample: captions that
+break off, grow, shrink or repeat themselves, one part of the reward that crowds out the others, a reward that rises
+while held-out metrics fall, or that is earned as well without the picture. A guard only compares numbers that the
+step has computed anyway (means over all processes, so every process comes to the same answer).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ACTIONS = ("log", "stop", "rollback")
+_SMOOTHED = 3  # steps that are averaged: a small batch is noisy
+_PARTS = "share/"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A limit and what happens beyond it.
+
+    Attributes:
+        limit: see `LIMITS`; the number beyond which the guard speaks.
+        action: "log" says so; "stop" ends the training; "rollback" ends it and puts the best evaluated state back.
+        every: steps between looks (of ``blank_picture``, whose look costs a sampling pass; 0 = never).
+        patience: evaluations in a row, of ``held_out``.
+    """
+
+    limit: float
+    action: str = "log"
+    every: int = 1
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"action of a guard is {self.action!r}: expected one of {', '.join(ACTIONS)}")
+
+
+# What each guard looks at, and the limit it has by default.
+LIMITS = {
+    "bad_endings": 0.2,  # share of responses that are empty or end in a function word
+    "length_drift": 0.5,  # relative change of the words per response since the first steps
+    "repetition": 0.2,  # mean share of word pairs that a response repeats
+    "share": 0.95,  # of one part in the spread of the total, where there are several
+    "held_out": 0.03,  # relative loss of the held-out metric since its best, while the reward is higher than then
+    "blank_picture": 0.4,  # share of prompts whose blank picture earns what the true one does
+}
+DEFAULT_GUARDS = {name: Guard(limit, every=0 if name == "blank_picture" else 1) for name, limit in LIMITS.items()}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One guard that spoke."""
+
+    guard: str
+    step: int
+    value: float
+    limit: float
+    action: str
+    text: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Guards:
+    """Watches a run. `look` once a step, `held_out` once an evaluation; both return the alarms that begin there.
+
+    A guard speaks when its number leaves the range, and again only after it has come back.
+    """
+
+    def __init__(self, guards: Mapping[str, Guard]):
+        if odd := sorted(set(guards) - set(LIMITS)):
+            raise ValueError(f"unknown guard {odd[0]!r}: expected one of {', '.join(LIMITS)}")
+        self.guards = dict(guards)
+        self.best_step: int | None = None
+        self._best: tuple[float, float | None] | None = None  # held-out metric at its best, training reward then
+        self._worse = 0
+        self._first: list[float] = []  # words per response of the first steps
+        self._recent: deque[dict[str, float]] = deque(maxlen=_SMOOTHED)
+        self._speaking: set[str] = set()
+
+    @property
+    def may_roll_back(self) -> bool:
+        return any(guard.action == "rollback" for guard in self.guards.values())
+
+    def wants_blank(self, step: int) -> bool:
+        """Whether this step should also try blank pictures."""
+        guard = self.guards.get("blank_picture")
+        return guard is not None and guard.every > 0 and step % guard.every == 0
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """The alarms of one training step."""
+        self._recent.append({k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)})
+        if len(self._first) < _SMOOTHED and "words" in metrics:
+            self._first.append(float(metrics["words"]))
+        found = [
+            self._compare("bad_endings", step, self._mean("bad_ending"), "{:.0%} of responses end in mid-sentence"),
+            self._compare("repetition", step, self._mean("repetition"), "responses repeat {:.0%} of their word pairs"),
+            self._compare("length_drift", step, self._drift(), "responses changed their length by {:.0%}"),
+            self._compare("share", step, *self._largest_share()),
+            self._compare(
+                "blank_picture",
+                step,
+                metrics.get("blank_picture"),
+                "{:.0%} of blank pictures earn as much as true ones",
+            ),
+        ]
+        return [alarm for alarm in found if alarm]
+
+    def held_out(self, step: int, value: float | None, name: str = "the held-out metric") -> list[Alarm]:
+        """The alarms of one evaluation: ``value`` of the main held-out metric (more is better)."""
+        reward = self._mean("reward")
+        if value is None or not math.isfinite(value):
+            return []
+        if self._best is None or value > self._best[0]:
+            self._best, self.best_step, self._worse = (value, reward), step, 0
+            self._speaking.discard("held_out")
+            return []
+        guard = self.guards.get("held_out")
+        loss = (self._best[0] - value) / max(abs(self._best[0]), 1e-12)
+        rose = reward is not None and (self._best[1] is None or reward > self._best[1])
+        against = guard is not None and rose and loss > guard.limit
+        self._worse = self._worse + 1 if against else 0
+        if guard is None:
+            return []
+        text = f"{name} fell {{:.0%}} below its best of step {self.best_step} while the reward rose"
+        alarm = self._compare("held_out", step, loss if self._worse >= guard.patience else 0.0, text)
+        return [alarm] if alarm else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, for the checkpoint."""
+        return {
+            "best_step": self.best_step,
+            "best": self._best,
+            "worse": self._worse,
+            "first": self._first,
+            "recent": list(self._recent),
+            "speaking": sorted(self._speaking),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best_step, self._worse = state["best_step"], state["worse"]
+        self._best = tuple(state["best"]) if state["best"] else None
+        self._first, self._speaking = list(state["first"]), set(state["speaking"])
+        self._recent = deque(state["recent"], maxlen=_SMOOTHED)
+
+    # ---------------------------------------------------------------- numbers
+
+    def _mean(self, name: str) -> float | None:
+        values = [metrics[name] for metrics in self._recent if name in metrics]
+        return sum(values) / len(values) if values else None
+
+    def _drift(self) -> float | None:
+        words = self._mean("words")
+        if words is None or len(self._first) < _SMOOTHED:
+            return None
+        first = sum(self._first) / len(self._first)
+        return abs(words / first - 1) if first else None
+
+    def _largest_share(self) -> tuple[float | None, str]:
+        """The part with the largest share of the total's spread, where at least two parts count."""
+        names = sorted({name for metrics in self._recent for name in metrics if name.startswith(_PARTS)})
+        shares = {name.removeprefix(_PARTS): self._mean(name) or 0.0 for name in names}
+        if len(shares) < 2:
+            return None, ""
+        largest = max(shares, key=lambda name: shares[name])
+        return shares[largest], f"{largest} makes {{:.0%}} of the reward's spread"
+
+    def _compare(self, name: str, step: int, value: float | None, text: str) -> Alarm | None:
+        guard = self.guards.get(name)
+        if guard is None or value is None:
+            return None
+        if value <= guard.limit:
+            self._speaking.discard(name)
+            return None
+        if name in self._speaking:
+            return None
+        self._speaking.add(name)
+        return Alarm(name, step, value, guard.limit, guard.action, f"{text.format(value)} (limit {guard.limit:.0%})")

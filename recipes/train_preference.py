@@ -1,0 +1,25 @@
+"""Teaches a reward from preferences: a vision-language model with a head that says which of two texts is better.
+
+    accelerate launch recipes/train_preference.py [recipe.yaml] [key.sub=value ...]
+
+Without arguments: the bundled model on pairs from the built-in world, with train_preference.yaml beside this file.
+The folder `output.dir` can then be named as a reward in any other recipe; its summary.json says how good the head is.
+"""
+
+from mmft.recipe import recipe_main
+from mmft.recipe_preference import load_preference_recipe
+
+
+def main() -> None:
+    # A wrong recipe ends here, before anything heavy is imported.
+    recipe, resume = recipe_main(__doc__, load=load_preference_recipe)
+    if resume is not None:
+        raise SystemExit("a preference head is trained in one go; start again without --resume")
+
+    from mmft.training.preference import run_preference
+
+    run_preference(recipe)
+
+
+if __name__ == "__main__":
+    main()

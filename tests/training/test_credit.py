@@ -1,0 +1,140 @@
+"""Dense rewards, shaping and dropped rows on their way from the reward side to the update."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import rows, trainer_of, weights
+
+from mmft.algorithms import returns
+from mmft.batch import Responses
+from mmft.training import rollout as stages
+from reward_models import WeightedRewards
+from reward_models.rewards import RewardPart
+
+
+def letters(text: str) -> float:
+    return float(sum(c.isascii() and c.isalpha() for c in text))
+
+
+class Letters:
+    """1 for each letter; dense or not."""
+
+    __name__ = "letters"
+
+    def __call__(self, completions, **_):
+        return [letters(text) for text in completions]
+
+    def increments(self, pieces, **_):
+        return [np.array([letters(piece) for piece in row]) for row in pieces]
+
+
+def sampled(trainer, step=1):
+    rollout = stages.sample(trainer.policy, trainer.prompts(step), trainer.config, step)
+    pieces = stages.pieces_of(trainer.policy, rollout.responses)
+    stages.score(rollout, trainer.reward_funcs, trainer.config, step, pieces)
+    return rollout, pieces
+
+
+def with_credit(tiny_model, folder, credit, **options):
+    return trainer_of(tiny_model, folder, WeightedRewards([RewardPart("letters", Letters(), 2.0, credit)]), **options)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_pieces_join_to_the_text(tiny_model, tmp_path, family):
+    # Kills: a character cut between two tokens, special tokens read as text, blanks lost between tokens.
+    trainer = trainer_of(tiny_model, tmp_path, model=str(tiny_model(family)))
+    tokenizer = trainer.policy.tokenizer
+    rows = [tokenizer.encode(t, add_special_tokens=False) for t in ("a cat's café 🐈‍⬛ it", "naïve", " x  y ", "")]
+    rows[1] = [*rows[1], tokenizer.eos_token_id]
+    rows.append(rows[0][:-4])  # may end within a character
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_token_id or 0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[i < len(row) for i in range(width)] for row in rows])
+    pieces = stages.pieces_of(trainer.policy, Responses(ids, mask, torch.ones(len(rows), dtype=torch.bool)))
+    assert [len(p) for p in pieces] == [len(row) for row in rows]
+    assert ["".join(p) for p in pieces] == tokenizer.batch_decode(rows, skip_special_tokens=True)
+    assert pieces[1][-1] == "" and sum(map(bool, pieces[0])) > 5
+
+
+def test_dense_rewards_pay_each_token_and_the_score_once(tiny_model, tmp_path):
+    trainer = with_credit(tiny_model, tmp_path, "dense", kl_coef=0.0, gamma=0.9)
+    rollout, pieces = sampled(trainer)
+    stages.earn(rollout, trainer.config, 0.0)
+    for row, mask, own, text in zip(rollout.rewards, rollout.responses.mask, pieces, rollout.texts, strict=True):
+        assert row[mask].tolist() == [2.0 * letters(piece) for piece in own]
+        assert row.sum() == 2.0 * letters(text)
+    assert rollout.scores.tolist() == [2.0 * letters(text) for text in rollout.texts]
+
+
+def test_shaping_and_dense_agree_without_discount_and_part_with_it(tiny_model, tmp_path):
+    def token_rewards(credit, gamma):
+        trainer = with_credit(tiny_model, tmp_path / f"{credit}{gamma}", credit, kl_coef=0.0, gamma=gamma)
+        rollout, _ = sampled(trainer)
+        stages.earn(rollout, trainer.config, 0.0)
+        return rollout
+
+    dense, shaped, last = (token_rewards(credit, 1.0) for credit in ("dense", "shaping", "last"))
+    assert dense.rewards.abs().sum() > 0
+    torch.testing.assert_close(shaped.rewards, dense.rewards)
+    assert not torch.allclose(last.rewards, dense.rewards)
+    # Shaping keeps the discounted return from the start, whatever gamma is (Ng et al. 1999); dense pay does not.
+    shaped, last, dense = (token_rewards(credit, 0.8) for credit in ("shaping", "last", "dense"))
+    start = [returns.discounted_returns(r.rewards, r.responses.mask, 0.8)[:, 0] for r in (shaped, last, dense)]
+    torch.testing.assert_close(start[0], start[1])
+    assert not torch.allclose(start[0], start[2])
+
+
+@pytest.mark.parametrize("critic", ["head", "none"])
+def test_dropped_rows_are_as_if_they_had_not_been_sampled(tiny_model, tmp_path, critic):
+    """A reward of NaN under `drop`, or any other number of the same rows: the update is the same."""
+
+    def run(bad):
+        def reward(completions, **_):
+            return [bad if i % 3 == 1 else letters(text) for i, text in enumerate(completions)]
+
+        part = RewardPart("letters", reward, 1.0, nonfinite="drop")
+        trainer = trainer_of(tiny_model, tmp_path / f"{bad}", WeightedRewards([part]), critic=critic)
+        metrics = trainer.step(1)
+        return metrics, weights(trainer)
+
+    (one, left), (two, same) = run(float("nan")), run(float("inf"))
+    assert one["reward"] == two["reward"] and np.isfinite(one["policy_loss"])
+    assert all(torch.equal(left[name], same[name]) for name in left)
+    _, other = run(100.0)
+    assert not all(torch.equal(left[name], other[name]) for name in left)
+
+
+def test_a_step_whose_rows_are_all_dropped_changes_nothing(tiny_model, tmp_path):
+    reward = RewardPart("broken", lambda completions, **_: [float("nan")] * len(completions), nonfinite="drop")
+    trainer = trainer_of(tiny_model, tmp_path, WeightedRewards([reward]))
+    before = weights(trainer)
+    trainer.step(1)
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def test_moments_of_running_normalisation_survive_a_resume(tiny_model, tmp_path):
+    def trainer(folder):
+        part = RewardPart("letters", Letters(), 1.0, normalize="running")
+        return trainer_of(tiny_model, tmp_path / folder, WeightedRewards([part]), save_steps=2)
+
+    unbroken = trainer("a")
+    unbroken.train()
+    resumed = trainer("b")
+    resumed.train(resume_from_checkpoint=tmp_path / "a" / "checkpoints" / "step-000002")
+    assert resumed.reward_funcs.state_dict() == unbroken.reward_funcs.state_dict()
+    for name, value in weights(unbroken).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_every_reward_sees_the_picture_and_every_column(tiny_model, tmp_path):
+    seen = {}
+
+    def look(prompts, completions, image, wanted, id, ended, completion_ids, **_):
+        seen.update(sizes={picture.size for picture in image}, ids=id, wanted=wanted, ended=ended)
+        assert len(image) == len(completions) == len(completion_ids) == len(prompts)
+        return [0.0] * len(completions)
+
+    trainer_of(tiny_model, tmp_path, look).step(1)
+    assert seen["sizes"] == {rows(1)[0]["image"].size} and len(set(seen["ids"])) == 4 and len(seen["ended"]) == 12
