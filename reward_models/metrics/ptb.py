@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 # What the Java tool does with characters above ASCII, found by trying each; all others vanish and end a token.
 _LETTERS = """
@@ -254,6 +254,7 @@ _START = re.compile(rf"\b[A-Za-z]\. +(?:{'|'.join(_STARTS.split())})\b", re.IGNO
 _CONTRACTION = re.compile(r"(n?)(?:[\x92\u2019]|(?-i:&apos;))([msdt]|re|ve|ll)", re.IGNORECASE)
 
 
+@lru_cache(maxsize=10_000)
 def _written(token: str) -> str:
     """A token (its text in the caption) as the Java tool prints it, lower case; "" if it is left out."""
     if "@" not in token:

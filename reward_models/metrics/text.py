@@ -1,6 +1,6 @@
 """From the text of a completion to a list of tokens, the same way everywhere.
 
-Two tokenisers, by name:
+Three tokenisers, by name:
 
 ``simple``      lower case (after Unicode NFC), then
                 - letters, marks, digits stay; a hyphen inside a word stays (``t-shirt``);
@@ -8,10 +8,11 @@ Two tokenisers, by name:
                 - all other ASCII punctuation and symbols, Unicode punctuation and control characters become a space;
                 - other symbols (emoji, currency) become tokens of their own;
                 - invisible format characters (zero-width joiner, variation selectors, soft hyphen) vanish.
+``ptb``         Penn Treebank tokens as `pycocoevalcap` gets them from Java, see `reward_models.metrics.ptb`.
 ``whitespace``  nothing but ``str.split()``: for text that is tokenised already, so that two scorers can be
                 compared on the same tokens.
 
-The end token `EOS` holds a space, which no token of either tokeniser can, so text never collides with it.
+The end token `EOS` holds a space, which no token of any tokeniser can, so text never collides with it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import unicodedata
 from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import chain
 from typing import Any
+
+from reward_models.metrics.ptb import ptb
 
 EOS = " <eos>"
 
@@ -68,7 +71,7 @@ def simple(text: str) -> list[str]:
     return text.split()
 
 
-TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"simple": simple, "whitespace": str.split}
+TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"simple": simple, "ptb": ptb, "whitespace": str.split}
 
 
 def tokenizer_named(name: str) -> Callable[[str], list[str]]:
