@@ -45,6 +45,7 @@ def curve(way: str, seed: int, steps: int, out: Path) -> dict:
     if not (folder / "summary.json").is_file():
         recipe = ROOT / "recipes" / "caption_ppo.py"
         options = [f"seed={seed}", f"train.steps={steps}", "train.save_every=0", "data.eval=validation"]
+        options += ["train.lr_schedule=constant"]  # a rate that falls would favour whoever is early
         options += ["eval.every=1", "eval.rows=256", "output.trackers=[]", f"output.dir={folder}", *WAYS[way]]
         done = subprocess.run([sys.executable, str(recipe), *options], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:

@@ -113,6 +113,7 @@ class PPOTrainer:
             self.reward_funcs.reduce = self._reduce_numbers
         self.run_dir = Path(self.config.output_dir)
         self._seconds: dict[str, float] = {}
+        self._told_equal = False
         self._begun: tuple[Evaluation | None, int] | None = None
 
     # ---------------------------------------------------------------- the loop
@@ -331,6 +332,9 @@ class PPOTrainer:
         metrics = {k: float(v[~v.isnan()].mean()) if (~v.isnan()).any() else float("nan") for k, v in gathered.items()}
         kept = gathered["reward"][~gathered["reward"].isnan()]
         metrics["reward_std"] = float(kept.std(unbiased=False)) if len(kept) else 0.0
+        if metrics["reward_std"] == 0.0 and not self._told_equal:
+            self._told_equal = True
+            warnings.warn(f"all {len(kept)} rewards of a step are equal: it taught nothing (said once)", stacklevel=2)
         metrics |= self._shares(rollout)
         metrics["tokens"] = float(gathered["response_length"].sum())
         if rollout.old.values is not None and self.config.critic != "none":

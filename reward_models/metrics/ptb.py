@@ -1,9 +1,9 @@
 """The tokeniser of the COCO caption metrics in plain Python: Penn Treebank tokens, lower case, no punctuation.
 
 `ptb` gives the tokens that `pycocoevalcap`'s ``PTBTokenizer`` gives, which starts Java for them (Stanford CoreNLP
-3.4.1, ``PTBTokenizer -preserveLines -lowerCase``, then fifteen punctuation tokens left out). It was written from that
-program's answers to probes; ``benchmarks/tokenizer_parity.py`` compares the two, and docs/rewards/tokenizers.md
-lists where they differ.
+3.4.1, ``PTBTokenizer -preserveLines -lowerCase``, then fifteen punctuation tokens left out). It was written from what
+is known of that lexer and its answers to probes; ``benchmarks/tokenizer_parity.py`` compares the two, and
+docs/rewards/tokenizers.md lists where they differ.
 
 How: at every place the rule with the longest match wins, an earlier rule on a tie. What a rule reads after its token
 (group 1) counts towards its length but is read again. Rules see a copy of the text in which every character above

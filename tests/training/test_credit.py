@@ -138,3 +138,23 @@ def test_every_reward_sees_the_picture_and_every_column(tiny_model, tmp_path):
 
     trainer_of(tiny_model, tmp_path, look).step(1)
     assert seen["sizes"] == {rows(1)[0]["image"].size} and len(set(seen["ids"])) == 4 and len(seen["ended"]) == 12
+
+
+@pytest.mark.parametrize("critic", ["head", "none"])
+def test_empty_and_equal_responses_teach_nothing_and_break_nothing(tiny_model, tmp_path, critic):
+    def constant(completions, **_):
+        assert set(completions) == {""}
+        return [1.0] * len(completions)
+
+    trainer = trainer_of(tiny_model, tmp_path, constant, rows(1), prompts_per_step=1, critic=critic)
+    vocabulary = trainer.policy.banned.shape[0]
+    trainer.policy.ban([i for i in range(vocabulary) if i not in trainer.policy.end_ids])  # the end token comes first
+    before = weights(trainer)
+    with pytest.warns(UserWarning, match="all 3 rewards of a step are equal") as said:
+        metrics = [trainer.step(step) for step in (1, 2)]
+    assert len([w for w in said if "equal" in str(w.message)]) == 1
+    assert all(np.isfinite(v) for m in metrics for v in m.values())
+    assert metrics[0]["response_length"] == 1.0
+    adapters = [name for name in before if "value_head" not in name]
+    drift = max((weights(trainer)[name] - before[name]).abs().max().item() for name in adapters)
+    assert drift < 1e-4 if critic == "head" else drift == 0.0
