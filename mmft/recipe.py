@@ -204,6 +204,14 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         "algorithm.name",
         f"got {a.num_ppo_epochs}, expected 1 with algorithm.name a2c (only ppo may use samples again)",
     )
+    for index, reward in enumerate(r.rewards):
+        check(
+            reward.credit == "last" or model.critic != "none",
+            f"rewards.{index}.credit",
+            "model.critic",
+            f"got {reward.credit}, expected last with model.critic none "
+            "(without a critic the whole response is one action, so credit within it is lost)",
+        )
     check(
         a.kl_target is None or a.kl_coef > 0,
         "algorithm.kl_target",

@@ -178,7 +178,7 @@ def probe_rewards(
 def _scores(rewards: WeightedRewards, samples: list[dict[str, Any]], texts: list[str]) -> dict[str, np.ndarray]:
     """Reward -> (N,) scores of all samples; a row's responses stand together, as a group."""
     keys = dict.fromkeys(key for sample in samples for key in sample)
-    columns = {key: [sample.get(key) for sample in samples] for key in keys}
+    columns: dict[str, Any] = {key: [sample.get(key) for sample in samples] for key in keys}
     prompts = columns.pop("prompt", [""] * len(samples))
     completions = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -496,3 +496,10 @@ def test_a_wrong_recipe_ends_with_code_2_before_anything_heavy(tmp_path):
     assert done.returncode == 2 and done.stdout.strip() == "LIGHT"
     assert "job.yaml:2: train.step:" in done.stderr and "job.yaml:3: sed:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_dense_credit_needs_a_critic(write):
+    path = write("model: {critic: none}\nrewards:\n  - {name: cider_d, credit: dense}\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert len(error.value.problems) == 1 and "rewards.0.credit: got dense, expected last" in error.value.problems[0]

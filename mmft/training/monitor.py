@@ -159,7 +159,9 @@ class Monitor:
             table.add_row(escape(info.label), *cells, difference_text, share.replace("-", "−"), style=verdict)
         self.console.print(table)
         for name, text in (signatures or {}).items():
-            self.console.print(f"{name}: {text}", style="dim", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                f"{name}: {text}", style="dim", markup=False, emoji=False, highlight=False, soft_wrap=True
+            )
 
     def close(self) -> None:
         """Ends the progress bar and closes the files. May be called twice."""

@@ -79,6 +79,11 @@ class PPOTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         _require_columns(train_dataset, "train_dataset")
         self.reward_funcs = as_rewards(reward_funcs, self.config.reward_weights)
+        if self.config.critic == "none" and (dense := [p.name for p in self.reward_funcs.parts if p.credit != "last"]):
+            raise ValueError(
+                f"reward {dense[0]!r} is credited token by token, but critic='none' takes a response as one action: "
+                "train a critic, or credit the last token"
+            )
         self.guards = Guards(self.config.guards)
         self.compute_metrics = compute_metrics or self._reward_metrics
         if not isinstance(model, Policy):

@@ -158,3 +158,8 @@ def test_empty_and_equal_responses_teach_nothing_and_break_nothing(tiny_model, t
     adapters = [name for name in before if "value_head" not in name]
     drift = max((weights(trainer)[name] - before[name]).abs().max().item() for name in adapters)
     assert drift < 1e-4 if critic == "head" else drift == 0.0
+
+
+def test_dense_credit_without_a_critic_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="'letters' is credited token by token, but critic='none'"):
+        with_credit(tiny_model, tmp_path, "dense", critic="none")
