@@ -39,12 +39,13 @@ def measure(folder: Path, pairs: int) -> dict[str, Any]:
     from mmft.data.preferences import scene_pairs
     from mmft.recipe_preference import load_preference_recipe
     from mmft.training.preference import report
-    from reward_models.preference.reward import PreferenceReward
+    from mmft.vlm.load import resolve
+    from reward_models.preference import PreferenceReward, backbone_name
 
     recipe = load_preference_recipe(folder / "recipe.yaml").pairs
     seen = list(scene_pairs(recipe.train, min(recipe.train_rows or 4000, 4000), kinds=recipe.kinds))
     began = time.time()
-    reward = PreferenceReward.load(folder)
+    reward = PreferenceReward.load(folder, backbone=resolve(backbone_name(folder)))
     held_out = list(scene_pairs("test", pairs, SEED))
     others = list(scene_pairs("test", pairs // 2, SEED + 1, ["other picture"]))
     found = report(reward, seen, held_out, others)

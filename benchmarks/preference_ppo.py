@@ -12,6 +12,7 @@ stop: the step at which the first one speaks is what it is about. Runs already i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -37,7 +38,8 @@ def options_of(way: str, head: Path) -> list[str]:
 
 def run(way: str, seed: int, head: Path, steps: int, rows: int, out: Path) -> dict:
     """One run of a recipe as a user starts it; its summary."""
-    folder = out / f"{way.replace(' ', '_').replace('+', 'and')}-{seed}"
+    judge = hashlib.sha256((head / "preference.json").read_bytes()).hexdigest()[:8]
+    folder = out / f"{way.replace(' ', '_').replace('+', 'and')}-{seed}-{steps}x{rows}-{judge}"
     if not (folder / "summary.json").is_file():
         mixed = [str(ROOT / "recipes" / "caption_preference.yaml")] if way.startswith("CIDEr") else []
         options = [f"seed={seed}", f"train.steps={steps}", "train.save_every=0", "eval.every=0", f"eval.rows={rows}"]

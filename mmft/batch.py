@@ -117,6 +117,7 @@ class Rollout:
         old: log-probs, values and entropy captured while sampling.
         ref_logprobs: (N, T), or None when no KL is wanted.
         scores: (N,) the reward side's weighted total.
+        plain: (N,) the same without normalisation over batch or group: comparable between calls.
         parts: reward name -> (N,) that part alone, NaN where it does not apply.
         weighted: reward name -> (N,) what the part adds to the score.
         keep: (N,) bool, False on responses that a reward dropped and no update may use; None = all are kept.
@@ -133,6 +134,7 @@ class Rollout:
     old: TokenOutputs
     ref_logprobs: Tensor | None = None
     scores: Tensor | None = None
+    plain: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     weighted: dict[str, Tensor] = field(default_factory=dict)
     keep: Tensor | None = None

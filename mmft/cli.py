@@ -39,12 +39,12 @@ def _doctor_rewards(recipe, rows: int, file: Path | None) -> int:
 
     try:
         report = doctor_rewards(recipe, rows)
-    except (ValueError, OSError) as error:
+        if file:
+            file.write_text(json.dumps(report.as_dict(), indent=1))
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report.table())
-    if file:
-        file.write_text(json.dumps(report.as_dict(), indent=1))
     return 1 if report.flagged else 0
 
 

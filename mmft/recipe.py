@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from ruamel.yaml import YAML
 
-from mmft.recipe_rewards import Guards, Reward, ShareWeight
+from mmft.recipe_rewards import WITH_TIMEOUT, Guards, Reward, ShareWeight
 from mmft.recipe_yaml import (
     Document,
     Key,
@@ -206,7 +206,7 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
     )
     for index, reward in enumerate(r.rewards):
         check(
-            reward.credit == "last" or model.critic != "none",
+            reward.credit == "last" or reward.weight == 0 or model.critic != "none",
             f"rewards.{index}.credit",
             "model.critic",
             f"got {reward.credit}, expected last with model.critic none "
@@ -249,6 +249,20 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
             f"{at}.clip",
             f"{at}.credit",
             "got limits, expected null with credit dense (a clipped score cannot be shared out over tokens)",
+        )
+        check(
+            reward.credit != "shaping" or reward.normalize not in ("batch", "group"),
+            f"{at}.normalize",
+            f"{at}.credit",
+            f"got {reward.normalize}, expected null or running with credit shaping "
+            "(potentials may not depend on how the response goes on)",
+        )
+        check(
+            reward.timeout is None or ":" in reward.name or reward.name in WITH_TIMEOUT,
+            f"{at}.timeout",
+            f"{at}.name",
+            f"got {show(reward.timeout)}, expected null with {reward.name} "
+            f"(only rewards of your own, {', '.join(WITH_TIMEOUT)} take a time limit)",
         )
         check(
             reward.normalize != "group" or rollout.num_generations >= 2,
@@ -359,11 +373,11 @@ def recipe_main(
     parser.add_argument("--resume", nargs="?", const="latest", default=None, metavar="PATH")
     arguments = parser.parse_intermixed_args(argv)
     words, resume = arguments.words, arguments.resume
-    if resume is not None and resume != "latest" and not Path(resume).is_dir():
+    if resume is not None and resume != "latest" and not os.path.isdir(resume):
         if "=" not in resume and not resume.endswith((".yaml", ".yml")):
             parser.error(f"--resume {resume}: no such folder, expected a checkpoint or a run folder")
         words, resume = [*words, resume], "latest"  # `--resume train.steps=10` means resume, then an override
-    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    files = [word for word in words if "=" not in word or os.path.isfile(word)]  # Path's raises for a long word
     if len(files) > 1:
         parser.error(f"got {' and '.join(files)}, expected one recipe file (overrides: key.sub=value)")
     path = files[0] if files else default or Path(sys.argv[0]).with_suffix(".yaml")

@@ -142,6 +142,12 @@ def _impossible(r: PreferenceRecipe) -> list[tuple[str, str, str]]:
     for key, only in (("images", "rows"), ("kinds", "scenes"), ("pictures", "scenes")):
         fits = getattr(pairs, key) is None or pairs.source == only
         check(fits, f"pairs.{key}", "pairs.source", f"expected null {source} (it belongs to {only})")
+    for key, others in (("validation", ("train",)), ("test", ("train", "validation"))):
+        same = next(
+            (o for o in others if getattr(pairs, key) is not None and getattr(pairs, key) == getattr(pairs, o)), ""
+        )
+        text = f"got {show(getattr(pairs, key))}, expected another split than pairs.{same}"
+        check(not same, f"pairs.{key}", f"pairs.{same}", text)
     check(
         r.loss.name != "mse" or not r.loss.label_smoothing,
         "loss.label_smoothing",

@@ -32,6 +32,7 @@ REWARDS = [
     "preference",
     "http",
 ]
+WITH_TIMEOUT = ["meteor", "spice", "http"]  # built-in rewards with an option `timeout`; compared by a test, too
 
 
 def _not_zero(share: float) -> float:
@@ -123,7 +124,7 @@ class Reward(Section):
         None, description="[low, high] with low < high, or null"
     )
     nonfinite: Literal["raise", "drop", "zero"] = "raise"
-    timeout: float | None = Field(None, gt=0)  # seconds per call, in a child process; null = no limit, no child
+    timeout: float | None = Field(None, gt=0)  # seconds per call, yours in a child process; null = no limit, no child
     options: dict[str, Any] = {}  # keyword arguments of the reward
 
     @property

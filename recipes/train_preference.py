@@ -1,8 +1,9 @@
 """Teaches a reward from preferences: a vision-language model with a head that says which of two texts is better.
 
-    accelerate launch recipes/train_preference.py [recipe.yaml] [key.sub=value ...]
+    python recipes/train_preference.py [recipe.yaml] [key.sub=value ...]
 
 Without arguments: the bundled model on pairs from the built-in world, with train_preference.yaml beside this file.
+One process trains it; several (torchrun, accelerate) are refused.
 The folder `output.dir` can then be named as a reward in any other recipe; its summary.json says how good the head is.
 """
 

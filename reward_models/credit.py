@@ -3,6 +3,9 @@
 The increments of a reward are the score of the prefix up to a token minus the score of the prefix before it; their sum
 is the score. As token rewards (`dense`) they replace the score on the last token. As potentials (`shaping`; Ng, Harada
 and Russell 1999, section 3: F = gamma * phi(s') - phi(s)) they are added to it without moving the best policy.
+
+That holds while phi depends on the prefix alone. A factor that knows how the response went on (the deviation of its
+group or batch, a weight by a column such as `ended`) breaks it; the first is refused, the second cannot be seen here.
 """
 
 from __future__ import annotations

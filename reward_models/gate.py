@@ -1,6 +1,6 @@
 """What stands between the network and the reward server: token, sizes, time limits, and how many at once.
 
-Everything here is decided before the request's body is in memory; the routes see only complete, small bodies.
+Everything here is decided before the request's body is parsed; the routes see only complete, small bodies.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from reward_models.wire import Refused
+from reward_models.wire import Refused, count_values
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+_VALUE_BYTES = 100  # what a parsed JSON value takes as a Python object, roughly
 
 
 def _limit(default: float, text: str) -> Any:
@@ -33,11 +36,13 @@ class Limits:
     """What one request and one client may ask for. Raises ValueError for a limit that is not above 0."""
 
     max_body_mb: float = _limit(8.0, "size of a request's body (413)")
+    max_values: int = _limit(50_000, "JSON values and keys per request, counted before parsing (422)")
     max_samples: int = _limit(1024, "samples per request (422)")
     max_text: int = _limit(100_000, "characters per text (422)")
     max_images: int = _limit(16, "images per request (422)")
     max_megapixels: float = _limit(16.0, "sum over the images of a request, read from their headers (422)")
     max_concurrent: int = _limit(16, "requests at once; more get 429 with Retry-After")
+    max_held_mb: float = _limit(24.0, "bodies and values (100 bytes each) of all requests at once; above it, 429")
     max_connections: int = _limit(256, "connections at once; more get 503")
     read_timeout: float = _limit(10.0, "seconds for a request's head, and again for its body (408)")
     score_timeout: float = _limit(120.0, "seconds from the end of the body to the scores (504)")
@@ -46,6 +51,11 @@ class Limits:
         for item in fields(self):
             if not 0 < getattr(self, item.name) < float("inf"):
                 raise ValueError(f"{item.name} must be above 0, got {getattr(self, item.name)!r}")
+        if self.max_held_mb * 1e6 < self.max_body_mb * 1e6 + _VALUE_BYTES * self.max_values:
+            raise ValueError(
+                f"max_held_mb is {self.max_held_mb:g}, too little for one body of max_body_mb {self.max_body_mb:g} "
+                f"with max_values {self.max_values} of {_VALUE_BYTES} bytes each"
+            )
 
 
 @dataclass
@@ -57,6 +67,7 @@ class Counts:
     calls: int = 0
     call_seconds: float = 0.0
     in_flight: int = 0
+    held: int = 0  # bytes, estimated
 
     def text(self) -> str:
         lines = ["# HELP reward_requests_total Answered requests.", "# TYPE reward_requests_total counter"]
@@ -66,6 +77,7 @@ class Counts:
             ("reward_calls_total", "counter", self.calls, "Calls of the rewards; one call may serve many requests."),
             ("reward_call_seconds_total", "counter", round(self.call_seconds, 6), "Time spent in those calls."),
             ("reward_requests_in_flight", "gauge", self.in_flight, "Requests being read or scored."),
+            ("reward_held_bytes", "gauge", self.held, "Estimated size of those requests."),
         ):
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
         return "\n".join(lines) + "\n"
@@ -109,33 +121,60 @@ class Gate:
         if self.counts.in_flight >= self.limits.max_concurrent:
             raise Refused(429, "too many requests at once; try again soon")
         self.counts.in_flight += 1
+        held = _Held(self.counts, int(self.limits.max_held_mb * 1e6))
         try:
             try:
-                body = await asyncio.wait_for(self._read(receive, most), self.limits.read_timeout)
+                whole = await asyncio.wait_for(self._read(receive, most, held), self.limits.read_timeout)
             except TimeoutError:
                 raise Refused(408, f"the body took longer than {self.limits.read_timeout:g} s") from None
-            if body is not None:
-                await self.app(scope, _replay(body, receive), send)
+            if whole["type"] == "http.request":
+                held.add(_VALUE_BYTES * self._values(whole["body"]))
+                waiting = [whole]
+                del whole  # the route takes the body out of the list, and drops it once it is parsed
+                await self.app(scope, _replay(waiting, receive), send)
         finally:
             self.counts.in_flight -= 1
+            held.release()
 
-    async def _read(self, receive: Receive, most: int) -> bytes | None:
-        """The whole body; None if the client went away."""
+    async def _read(self, receive: Receive, most: int, held: _Held) -> MutableMapping[str, Any]:
+        """One message with the whole body, or the one that says that the client went away."""
         body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
+                return message
+            part = message.get("body", b"")
+            held.add(len(part))
+            body += part
             if len(body) > most:  # chunked: nobody said how long it would be
                 raise Refused(413, f"the body is larger than {self.limits.max_body_mb:g} MB")
             if not message.get("more_body"):
-                return bytes(body)
+                return {"type": "http.request", "body": body, "more_body": False}
+
+    def _values(self, body: bytearray) -> int:
+        count = count_values(body, self.limits.max_values)
+        if count > self.limits.max_values:
+            raise Refused(422, f"body: more than {self.limits.max_values} JSON values and keys")
+        return count
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    waiting: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+class _Held:
+    """What one request adds to the estimate of the memory that all hold together."""
 
+    def __init__(self, counts: Counts, most: int) -> None:
+        self._counts, self._most, self._own = counts, most, 0
+
+    def add(self, size: int) -> None:
+        if self._counts.held + size > self._most:
+            raise Refused(429, "too much is waiting; try again soon")
+        self._counts.held += size
+        self._own += size
+
+    def release(self) -> None:
+        self._counts.held -= self._own
+
+
+def _replay(waiting: list[MutableMapping[str, Any]], receive: Receive) -> Receive:
     async def replay() -> MutableMapping[str, Any]:
         return waiting.pop() if waiting else await receive()
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from reward_models.own import LENGTH, read_message, row_range
+from reward_models.own import read_message, row_range, write_message
 
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from reward_models.own import run_child; run_child()"
 _NAMED_ROWS = 8
@@ -77,7 +77,7 @@ class Isolated:
         self._lock = threading.Lock()
         self._process: _Process | None = None
         said = self._start()
-        self.signature: str = said["signature"] or path + "".join(f"|{k}:{v}" for k, v in sorted(self.options.items()))
+        self.signature: str = said["signature"]
         if said["increments"]:
             self.increments = self._increments
 
@@ -227,8 +227,7 @@ class _Process:
 
     def send(self, message: bytes, deadline: float) -> None:
         self.socket.settimeout(max(1e-3, deadline - time.monotonic()))
-        self.socket.sendall(LENGTH.pack(len(message)))
-        self.socket.sendall(message)
+        write_message(self.socket, message)
 
     def receive(self, deadline: float) -> Any:
         def wait(sock: socket.socket) -> None:

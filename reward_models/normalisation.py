@@ -35,9 +35,11 @@ class Moments:
         self.count = count
 
     def affine(self) -> tuple[float, float]:
-        """(shift, scale); nothing known yet: (0, 1), which changes nothing."""
+        """(shift, scale); nothing known yet: (0, 1), which changes nothing. ValueError for squares beyond float64."""
         if not self.count:
             return 0.0, 1.0
+        if not math.isfinite(self.squares):
+            raise ValueError("the scores are so large that their variance overflows; scale them down")
         deviation = math.sqrt(self.squares / self.count)
         return self.mean, 1 / deviation if deviation > _ROUNDING * abs(self.mean) else 0.0
 
@@ -52,12 +54,14 @@ class Moments:
 def moments_of(values: np.ndarray, reduce: Callable[[np.ndarray], np.ndarray] | None = None) -> Moments:
     """Moments of (N,) scores without the NaNs, in two passes; `reduce` sums an array over processes."""
     known = values[~np.isnan(values)]
-    sums = np.array([len(known), known.sum()], dtype=float)
+    with np.errstate(over="ignore"):
+        sums = np.array([len(known), known.sum()], dtype=float)
     if reduce is not None:
         sums = reduce(sums)
     count, total = sums.tolist()
     mean = total / count if count else 0.0
-    squares = np.array([np.square(known - mean).sum()])
+    with np.errstate(over="ignore", invalid="ignore"):  # `affine` refuses it
+        squares = np.array([np.square(known - mean).sum()])
     if reduce is not None:
         squares = reduce(squares)
     return Moments(int(count), mean, float(squares[0]))

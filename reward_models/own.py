@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -18,6 +20,7 @@ import socket
 import struct
 import sys
 import traceback
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,19 +29,23 @@ import numpy as np
 
 LENGTH = struct.Struct("!Q")
 TRACEBACK_LINES = 12
+_FILE = "reward_file_"  # before the stem of a file: the name of the module made from it
+_GIVEN = ("self", "prompts", "completions")  # parameters that are no options
 
 
 def load_function(path: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     """The reward `module:name` or `file.py:name`, in this process.
 
-    Options are bound to a function as keyword arguments; of a class, the instance made with them is returned.
+    Options are bound to a function as keyword arguments; of a class, the instance made with them is returned. What
+    says no `signature` of its own gets that of `signature_of`.
 
-    Raises ValueError naming the file or the nearest name, and what the import raises.
+    Raises ValueError naming the file, the nearest name or an option that is no named parameter (one that `**columns`
+    would swallow is mistyped), and what the import raises.
     """
     source, _, attribute = path.rpartition(":")
     if source.endswith(".py"):
         file = Path(source).resolve()
-        spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file) if file.is_file() else None
+        spec = importlib.util.spec_from_file_location(f"{_FILE}{file.stem}", file) if file.is_file() else None
         if spec is None or spec.loader is None:
             raise ValueError(f"no such file: {source}")
         module = importlib.util.module_from_spec(spec)
@@ -50,11 +57,18 @@ def load_function(path: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     if not callable(function):
         near = difflib.get_close_matches(attribute, dir(module), n=1)
         raise ValueError(f"{source} has no function {attribute!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    _check_options(attribute, function, options)
+    signature = getattr(function, "signature", None) or signature_of(function, options)
     if isinstance(function, type):
-        function = function(**options)
-        if not callable(function):
+        made = function(**options)
+        if not callable(made):
             raise ValueError(f"instances of {attribute} cannot be called; give the class a __call__")
-        return function
+        if not hasattr(made, "signature"):
+            try:
+                made.signature = signature
+            except AttributeError:  # __slots__
+                pass
+        return made
     if not options:
         return function
 
@@ -62,7 +76,70 @@ def load_function(path: str, options: Mapping[str, Any]) -> Callable[..., Any]:
         return function(*args, **columns, **options)
 
     bound.__name__ = bound.__qualname__ = f"{attribute}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+    bound.signature = signature  # type: ignore[attr-defined]
     return bound
+
+
+def _check_options(attribute: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    try:
+        names = _parameters(function)
+    except (TypeError, ValueError):  # written in C
+        return
+    for option in options:
+        if option not in names:
+            near = difflib.get_close_matches(option, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"its named parameters are {', '.join(names) or 'none'}"
+            raise ValueError(f"{attribute} has no option {option!r}; {hint}")
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """Named parameters of a function, or of a class and those that its `**keywords` may reach by inheritance."""
+    makers = [function]
+    if isinstance(function, type):
+        makers += [vars(base)["__init__"] for base in function.__mro__[:-1] if "__init__" in vars(base)]
+    names: list[str] = []
+    for maker in makers:
+        found = inspect.signature(maker).parameters.values()
+        names += [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in names]
+        if not any(p.kind is p.VAR_KEYWORD for p in found):
+            break
+    return [name for name in names if name not in _GIVEN]
+
+
+def signature_of(function: Any, options: Mapping[str, Any] | None = None) -> str:
+    """`my_rewards.py:brief|limit:12|source:0f3a…`: where it is, its options, a hash of its source.
+
+    Of an instance, the class stands for it. Without source at hand the code is hashed, without file names and line
+    numbers; what is written in C has no hash. What the function calls or reads is not covered.
+    """
+    said = dict(options or {})
+    while isinstance(function, functools.partial):
+        said = {**{str(i): value for i, value in enumerate(function.args)}, **function.keywords, **said}
+        function = function.func
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    module = getattr(kind, "__module__", None) or "?"
+    module = f"{module.removeprefix(_FILE)}.py" if module.startswith(_FILE) else module
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):
+        source = _code(kind)
+    words = [f"{module}:{kind.__qualname__}", *(f"{key}:{value}" for key, value in sorted(said.items()))]
+    words += [f"source:{hashlib.sha256(source.encode()).hexdigest()[:12]}"] if source else []
+    return "|".join(words).replace("\n", "\\n")
+
+
+def _code(value: Any) -> str:
+    """Instructions, names and constants of a function or of a class's methods; empty for what has none."""
+    if isinstance(value, types.CodeType):
+        constants = [_code(constant) or repr(constant) for constant in value.co_consts]
+        return repr((value.co_code.hex(), value.co_names, value.co_varnames, constants))
+    if isinstance(value, tuple | frozenset):  # a frozenset has no order of its own
+        parts = [_code(part) or repr(part) for part in value]
+        return repr(parts if isinstance(value, tuple) else sorted(parts))
+    if isinstance(value, type):
+        return "".join(f"{name}={code}" for name, member in sorted(vars(value).items()) if (code := _code(member)))
+    code = getattr(value, "__code__", None)
+    return "" if code is None else _code(code)
 
 
 def read_message(connection: socket.socket, wait: Callable[[socket.socket], None] = lambda _: None) -> bytearray:
@@ -82,6 +159,11 @@ def read_message(connection: socket.socket, wait: Callable[[socket.socket], None
     return exactly(LENGTH.unpack(exactly(LENGTH.size))[0])
 
 
+def write_message(connection: socket.socket, message: bytes) -> None:
+    connection.sendall(LENGTH.pack(len(message)))
+    connection.sendall(message)
+
+
 def row_range(columns: Mapping[str, Any]) -> range:
     column = columns.get("completions", columns.get("pieces"))
     return range(len(column) if column is not None else 0)
@@ -99,8 +181,8 @@ def run_child() -> None:
         function = load_function(target, options)
     except BaseException as error:  # SystemExit at import too
         return _reply(connection, "failed", _told(error))
-    signature = getattr(function, "signature", None)
-    said = {"signature": signature and str(signature), "increments": callable(getattr(function, "increments", None))}
+    signature = getattr(function, "signature", None) or signature_of(function)
+    said = {"signature": str(signature), "increments": callable(getattr(function, "increments", None))}
     _reply(connection, "ready", said)
     loop = asyncio.new_event_loop()  # one for all calls, so that an async reward may keep its connections open
     while True:
@@ -138,8 +220,7 @@ def _die_with_parent(watched: int) -> None:
 
 
 def _reply(connection: socket.socket, state: str, said: Any) -> None:
-    message = pickle.dumps((state, said), protocol=5)
-    connection.sendall(LENGTH.pack(len(message)) + message)
+    write_message(connection, pickle.dumps((state, said), protocol=5))
 
 
 def _told(error: BaseException) -> str:
@@ -167,7 +248,7 @@ def _plain(value: Any) -> Any:
     An array keeps its shape as an array, and what is no number becomes its `repr`, for the caller's checks to refuse.
     """
     if hasattr(value, "detach"):  # a torch tensor
-        value = value.detach().cpu().float().numpy()
+        value = value.detach().cpu().double().numpy()
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "biuf":

@@ -10,7 +10,7 @@ from typing import Any
 from reward_models.named import with_increments
 from reward_models.normalisation import NORMALISATIONS
 from reward_models.returned import POLICIES
-from reward_models.weights import Weight, parse_weight
+from reward_models.weights import Weight, form_of, parse_weight
 
 RewardFunction = Callable[..., Any]
 
@@ -24,7 +24,8 @@ class RewardPart:
     function: the reward. weight: a number or one of the forms of `reward_models.weights`; 0 = logged only.
     credit: last: the score belongs to the last token. dense: each token gets what it adds to the score, by the
     function's `increments`. shaping: the score stays on the last token, and the scores of the prefixes are potentials.
-    normalize: None, running (over all training so far), batch (this call) or group (the responses to one prompt).
+    normalize: None, running (over all training so far), batch (this call) or group (the responses to one prompt); the
+    last two not with shaping, whose potentials may not depend on what comes after the prefix.
     clip: (low, high) for the score after normalisation, before the weight.
     nonfinite: raise, drop (leave the row out of the update) or zero (as if the reward had returned 0).
     Raises ValueError naming the part.
@@ -59,6 +60,11 @@ class RewardPart:
             return
         if self.clip is not None and self.credit == "dense":
             raise ValueError(f"clip and credit {self.credit} exclude each other: a clipped score has no increments")
+        if self.credit == "shaping" and self.normalize in ("batch", "group"):
+            raise ValueError(
+                f"credit shaping and normalize {self.normalize} exclude each other: the deviation depends on how the "
+                "response goes on, so the prefix scores would be no potentials; use running or none"
+            )
         if not callable(getattr(self.function, "increments", None)):
             raise ValueError(
                 f"credit {self.credit} needs a reward with increments, which {called(self.function)} has not; "
@@ -67,13 +73,25 @@ class RewardPart:
 
     @property
     def signature(self) -> str:
-        """Name, how it counts, and what the function says of itself."""
+        """Name, how it counts, and what the function says of itself, else its name and a hash of its source."""
+        from reward_models.own import signature_of  # here: it imports asyncio, which not every use needs
+
         weight = f"{self.weight:g}" if isinstance(self.weight, float) else str(self.weight)
         options = [f"credit:{self.credit}"] if self.credit != "last" else []
         options += [f"normalize:{self.normalize}"] if self.normalize else []
         options += [f"clip:{self.clip[0]:g}..{self.clip[1]:g}"] if self.clip else []
-        says = getattr(self.function, "signature", None) or called(self.function)
+        options += [f"nonfinite:{self.nonfinite}"] if self.nonfinite != "raise" else []
+        says = getattr(self.function, "signature", None) or signature_of(self.function)
         return "|".join([f"{self.name} x {weight}", *options]) + f": {says}"
+
+    @property
+    def kind(self) -> str:
+        """What a saved state must agree on: name, form of the weight, credit and normalisation."""
+        form = form_of(self.weight)
+        options = [f"weight:{form}"] if form != "number" else []
+        options += [f"credit:{self.credit}"] if self.credit != "last" else []
+        options += [f"normalize:{self.normalize}"] if self.normalize else []
+        return "|".join([self.name, *options])
 
 
 def _limits(clip: Any) -> tuple[float, float]:

@@ -114,7 +114,7 @@ class RewardReport:
         scores = [f"{self.honest[name]:.3f}" for name in names]
         lines.append(f"{HONEST:<{width}}" + "".join(f"  {s:>{w}}" for s, w in zip(scores, columns, strict=True)))
         for probe in probes:
-            cells = [_cell(by_place.get((probe, name))) for name in names]
+            cells = [_cell(by_place.get((probe, name)), name in self.blind) for name in names]
             lines.append(f"{probe:<{width}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, columns, strict=True)))
         if self.blind:
             lines.append(f"blind to the picture: {', '.join(self.blind)}")
@@ -123,9 +123,9 @@ class RewardReport:
         return "\n".join(lines)
 
 
-def _cell(finding: Finding | None) -> str:
+def _cell(finding: Finding | None, blind: bool) -> str:
     if finding is None:
-        return "no opinion"
+        return "the same" if blind else "no opinion"
     return f"{finding.difference:+.3f} {finding.outscores:4.0%}{'*' if finding.flagged else ' '}"
 
 
@@ -157,8 +157,9 @@ def probe_rewards(
         for name in (HONEST, *PROBES):
             samples.append({**row, "references": others} | (_blanked(row) if name == BLANK else {}))
             texts.append(honest if name == HONEST else PROBES[name](parts))
-    scores = _scores(rewards, samples, texts)
-    grid = {name: values.reshape(len(usable), 1 + len(PROBES)) for name, values in scores.items()}
+    runs = _trained_scores(rewards, samples, texts)
+    grids = [{n: v.reshape(len(usable), 1 + len(PROBES)) for n, v in scores.items()} for scores in runs]
+    grid = {name: _worst([g[name] for g in grids]) for name in grids[0]}
     findings, blind = [], []
     pictured = any(row.get("image") is not None or row.get("images") for row in usable)
     for name, values in grid.items():
@@ -166,6 +167,7 @@ def probe_rewards(
             difference = values[:, column] - values[:, 0]
             difference = difference[~np.isnan(difference)]
             if probe == BLANK and (not pictured or not difference.any()):
+                # Not a finding: nothing changed, or there was nothing to change.
                 blind += [name] if pictured and len(difference) else []
                 continue
             if len(difference):
@@ -175,7 +177,32 @@ def probe_rewards(
     return RewardReport(len(usable), honest_means, findings, blind)
 
 
-def _scores(rewards: WeightedRewards, samples: list[dict[str, Any]], texts: list[str]) -> dict[str, np.ndarray]:
+def _worst(grids: list[np.ndarray]) -> np.ndarray:
+    """Of several looks (rows, 1 + probes) at one reward the one that thinks least of honesty beside the probes."""
+    return max(grids, key=lambda values: float(np.nan_to_num(values[:, 1:] - values[:, :1]).max(initial=-np.inf)))
+
+
+def _trained_scores(
+    rewards: WeightedRewards, samples: list[dict[str, Any]], texts: list[str]
+) -> list[dict[str, np.ndarray]]:
+    """The scores as training would come to them: after a call that running moments and shares have learned from,
+    and, where a weight follows a schedule, at its beginning and at its end. The state is put back afterwards."""
+    scheduled = any(hasattr(part.weight, "schedule") for part in rewards.parts)
+    before = rewards.state_dict()
+    try:
+        runs = []
+        for step in (1, 10**9) if scheduled else (1,):
+            for training in (True, False):
+                scores = _scores(rewards, samples, texts, step, training)
+            runs.append(scores)
+        return runs
+    finally:
+        rewards.load_state_dict(before)
+
+
+def _scores(
+    rewards: WeightedRewards, samples: list[dict[str, Any]], texts: list[str], step: int, training: bool
+) -> dict[str, np.ndarray]:
     """Reward -> (N,) scores of all samples; a row's responses stand together, as a group."""
     keys = dict.fromkeys(key for sample in samples for key in sample)
     columns: dict[str, Any] = {key: [sample.get(key) for sample in samples] for key in keys}
@@ -184,9 +211,9 @@ def _scores(rewards: WeightedRewards, samples: list[dict[str, Any]], texts: list
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for text, prompt in zip(texts, prompts, strict=True)
     ]
-    ended = [True] * len(samples)
-    size = 1 + len(PROBES)
-    found = rewards(prompts=prompts, completions=completions, ended=ended, group_size=size, **columns)
+    columns |= {"prompts": prompts, "completions": completions, "ended": [True] * len(samples)}
+    pieces = [[text] for text in texts]
+    found = rewards(**columns, pieces=pieces, step=step, group_size=1 + len(PROBES), training=training)
     parts = {}
     for part in rewards.parts:
         raw, added = found.parts[part.name], found.weighted[part.name]

@@ -44,7 +44,7 @@ def read_values(name: str, returned: Any, rows: int, samples: Mapping[str, Any],
     under every policy.
     """
     if hasattr(returned, "detach"):  # a torch tensor, without importing torch here
-        returned = returned.detach().cpu().float().numpy()
+        returned = returned.detach().cpu().double().numpy()
     if isinstance(returned, np.ndarray):
         if returned.ndim != 1:
             raise ValueError(f"reward {name!r} returned an array of shape {returned.shape}, expected ({rows},)")

@@ -8,6 +8,7 @@ The way of one part's score: raw -> nonfinite policy -> normalised -> clipped ->
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,9 @@ class RewardScores(NamedTuple):
     parts: name -> (N,) raw scores, NaN where the part had no opinion; also logged-only columns, as NAME/KEY.
     weighted: name -> (N,) what the part adds to total.
     keep: (N,) bool, False for rows that a `drop` policy leaves out of the update.
+    plain: (N,) the weighted sum of the raw scores, without any normalisation: it depends on the row and the weights
+        alone, so it can be compared between rows, calls and held-out rows of one step. A part's clip counts where it
+        has no normalisation, for else its limits are in other units.
     last: (N,) what of total belongs to the last token: total without what `dense` gives.
     dense: per response (T_i,) token rewards with total = last + dense.sum(); None without pieces or dense parts.
     potentials: per response (T_i,) potentials of the prefixes up to and including each token; None likewise.
@@ -44,6 +48,7 @@ class RewardScores(NamedTuple):
     parts: dict[str, np.ndarray]
     weighted: dict[str, np.ndarray]
     keep: np.ndarray
+    plain: np.ndarray
     last: np.ndarray
     dense: list[np.ndarray] | None = None
     potentials: list[np.ndarray] | None = None
@@ -107,24 +112,24 @@ class WeightedRewards:
             self._step = self._step if step is None else step
         samples = {"prompts": prompts, "completions": completions, **columns}
         values, logged = self._ask(samples, rows)
-        affine = {part.name: self._affine(part, values[part.name].values, group_size, training) for part in self.parts}
-        scored = {part.name: _apply(part, values[part.name].values, *affine[part.name]) for part in self.parts}
-        weights = self._weights(samples, rows, scored, step, group_size, training)
-        with np.errstate(over="ignore", invalid="ignore"):  # said below, with the row
-            weighted = {name: weights[name] * np.nan_to_num(score, nan=0.0) for name, score in scored.items()}
-            total = np.sum(list(weighted.values()), axis=0)
-        if not np.isfinite(total).all():
-            row = int(np.flatnonzero(~np.isfinite(total))[0])
-            raise ValueError(f"{row_name(samples, row)}: the weighted sum is {total[row]}; scale the rewards down")
         keep = np.ones(rows, dtype=bool)
         for part in self.parts:
             if part.nonfinite == "drop":
                 keep &= ~values[part.name].bad
-        raw = {name: value.values for name, value in values.items()} | logged
+        counted = {name: np.where(keep, value.values, np.nan) for name, value in values.items()}
+        affine = {part.name: self._affine(part, counted[part.name], group_size, training) for part in self.parts}
+        scored = {part.name: _apply(part, values[part.name].values, *affine[part.name]) for part in self.parts}
+        weights = self._weights(samples, keep, scored, step, group_size, training)
+        weighted, total = _sum(weights, scored, samples)
+        raw = {name: value.values for name, value in values.items()}
+        _, plain = _sum(
+            weights, {p.name: scored[p.name] if not p.normalize else raw[p.name] for p in self.parts}, samples
+        )
+        raw |= logged
         if pieces is None or all(part.credit == "last" for part in self.parts):
-            return RewardScores(total, raw, weighted, keep, total)
+            return RewardScores(total, raw, weighted, keep, plain, total)
         detail = {name: PartScores(*values[name], *affine[name], weights[name], weighted[name]) for name in self.names}
-        return RewardScores(total, raw, weighted, keep, *per_token(self.parts, detail, pieces, samples))
+        return RewardScores(total, raw, weighted, keep, plain, *per_token(self.parts, detail, pieces, samples))
 
     def _check_training(self, pieces: Any, step: int | None, group_size: int | None) -> None:
         for part in self.parts:
@@ -188,30 +193,33 @@ class WeightedRewards:
     def _affine(
         self, part: RewardPart, values: np.ndarray, group_size: int | None, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """shift (N,) and scale (N,) of the part's normalisation."""
-        if part.normalize == "group" and group_size:
-            return group_affine(values, group_size)
+        """shift (N,) and scale (N,) of the part's normalisation; values are NaN where they do not take part."""
         moments = Moments()  # of nothing: changes nothing
-        if part.normalize == "running":
-            moments = self._moments[part.name]
-            if training:
-                moments.add(moments_of(values, self.reduce))
-        elif part.normalize == "batch":
-            moments = moments_of(values, self.reduce if training else None)
-        shift, scale = moments.affine()
+        try:
+            if part.normalize == "group" and group_size:
+                return group_affine(values, group_size)
+            if part.normalize == "running":
+                moments = self._moments[part.name]
+                if training:
+                    moments.add(moments_of(values, self.reduce))
+            elif part.normalize == "batch":
+                moments = moments_of(values, self.reduce if training else None)
+            shift, scale = moments.affine()
+        except ValueError as error:
+            raise ValueError(f"reward {part.name!r}: {error}") from None
         return np.full(len(values), shift), np.full(len(values), scale)
 
     def _weights(
         self,
         samples: Mapping[str, Any],
-        rows: int,
+        keep: np.ndarray,
         scores: Mapping[str, np.ndarray],
         step: int | None,
         group_size: int | None,
         training: bool,
     ) -> dict[str, np.ndarray]:
-        """Part -> (N,) weights."""
-        weights: dict[str, np.ndarray] = {}
+        """Part -> (N,) weights. Rows that are not kept take no part in the shares."""
+        rows, weights = len(keep), {}
         for part in self.parts:
             if isinstance(part.weight, ByColumn | When):
                 try:
@@ -224,8 +232,8 @@ class WeightedRewards:
                 weights[part.name] = np.full(rows, part.weight)
         if self._shares.shares:
             if training:
-                counted = {name: weights.get(name, 1.0) * score for name, score in scores.items()}
-                self._shares.update(counted, group_size, self.reduce)
+                moved = {name: weights.get(name, 1.0) * np.where(keep, s, np.nan) for name, s in scores.items()}
+                self._shares.update(moved, group_size, self.reduce)
             for name in self._shares.shares:
                 weights[name] = np.full(rows, self._shares.weights.get(name, 0.0))
         return weights
@@ -233,19 +241,19 @@ class WeightedRewards:
     def state_dict(self) -> dict[str, Any]:
         """Moments, adapted weights and the last step, as plain JSON data; floats survive JSON bit by bit."""
         return {
-            "parts": self.names,
+            "parts": [part.kind for part in self.parts],
             "step": self._step,
             "moments": {name: moments.state() for name, moments in self._moments.items()},
             "shares": self._shares.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`. Raises ValueError if it belongs to other parts."""
-        if list(state["parts"]) != self.names or set(state["moments"]) != set(self._moments):
+        """Continue from a `state_dict`. Raises ValueError if it belongs to parts of another kind."""
+        kinds = [part.kind for part in self.parts]
+        if list(state["parts"]) != kinds:
             raise ValueError(
-                f"the saved rewards were {', '.join(state['parts'])} (running moments of "
-                f"{', '.join(state['moments']) or 'none'}); these are {', '.join(self.names)} (running moments of "
-                f"{', '.join(self._moments) or 'none'}); resume with the recipe that the run was started with"
+                f"the saved rewards were {', '.join(state['parts'])}; these are {', '.join(kinds)}; "
+                "resume with the recipe that the run was started with"
             )
         self._step = int(state["step"])
         self._moments = {name: Moments.from_state(state["moments"][name]) for name in self._moments}
@@ -258,6 +266,19 @@ def _apply(part: RewardPart, raw: np.ndarray, shift: np.ndarray, scale: np.ndarr
     return np.clip(score, *part.clip) if part.clip else score
 
 
+def _sum(
+    weights: Mapping[str, np.ndarray], scores: Mapping[str, np.ndarray], samples: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Each part's (N,) score times its weight, NaN as 0; and their sum. ValueError naming a row whose sum overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        weighted = {name: weights[name] * np.nan_to_num(score, nan=0.0) for name, score in scores.items()}
+        total = np.sum(list(weighted.values()), axis=0)
+    if not np.isfinite(total).all():
+        row = int(np.flatnonzero(~np.isfinite(total))[0])
+        raise ValueError(f"{row_name(samples, row)}: the weighted sum is {total[row]}; scale the rewards down")
+    return weighted, total
+
+
 _PART_KEYS = ("credit", "normalize", "clip", "nonfinite")
 _KEYS = ("name", "weight", "as", "timeout", "options", *_PART_KEYS)
 
@@ -266,10 +287,10 @@ def build_rewards(specs: Sequence[Mapping[str, Any]], df: DocumentFrequencies | 
     """Rewards from plain data, as a recipe holds them: `[{"name": "cider_d", "weight": 1.0}, {"name": "bleu"}]`.
 
     name: one of `reward_models.named.BUILT_IN`, or a function or class of your own as `package.module:name` or
-    `path/to/file.py:name`. Options go under `options` or beside the name; they are the keyword arguments of the
-    class, or of every call of a function. weight (default 1), credit, normalize, clip and nonfinite: see `RewardPart`.
-    `as` renames the part in logs (default: the name, or the function's name). timeout: seconds per call, in a child
-    process. None stands for the default of any of them.
+    `path/to/file.py:name`. Options go under `options`, those of built-in rewards also beside the name; they are the
+    keyword arguments of the class, or of every call of a function. weight (default 1), credit, normalize, clip and
+    nonfinite: see `RewardPart`. `as` renames the part in logs (default: the name, or the function's name). timeout:
+    seconds per call, in a child process. None stands for the default of any of them.
     Raises ValueError naming the entry, with the nearest name for a mistyped one.
     """
     parts = []
@@ -277,12 +298,28 @@ def build_rewards(specs: Sequence[Mapping[str, Any]], df: DocumentFrequencies | 
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
             raise ValueError(f"rewards[{i}]: expected a mapping with a 'name', got {spec!r}")
         name = spec["name"]
-        options = {key: value for key, value in spec.items() if key not in _KEYS} | dict(spec.get("options") or {})
-        counts = {key: spec[key] for key in _PART_KEYS if spec.get(key) is not None}
+        counts = {key: spec[key] for key in ("weight", *_PART_KEYS) if spec.get(key) is not None}
         try:
-            function = load_reward(name, options, df, spec.get("timeout"))
-            label = spec.get("as") or name.rpartition(":")[2]
-            parts.append(RewardPart(label, function, spec.get("weight", 1.0), **counts))
+            function = load_reward(name, _options(spec), df, spec.get("timeout"))
+            parts.append(RewardPart(spec.get("as") or name.rpartition(":")[2], function, **counts))
         except (TypeError, ValueError) as error:
             raise ValueError(f"rewards[{i}] ({name}): {error}") from error
     return WeightedRewards(parts)
+
+
+def _options(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of one entry, from beside the name and from under `options`."""
+    beside = {key: value for key, value in spec.items() if key not in _KEYS}
+    if beside and ":" in spec["name"]:  # a function may swallow a mistyped key by its **columns
+        near = difflib.get_close_matches(next(iter(beside)), _KEYS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"unknown key {next(iter(beside))!r}; {hint}Options of a reward of your own go under 'options'"
+        )
+    under = {} if spec.get("options") is None else spec["options"]
+    if not isinstance(under, Mapping):
+        raise ValueError(f"options: expected a mapping of names to values, got {under!r}")
+    for key in under:
+        if key in beside:
+            raise ValueError(f"option {key!r} is given twice, beside the name and under 'options'")
+    return {**beside, **under}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import ipaddress
 import json
 import logging
@@ -19,7 +18,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import fields
@@ -38,15 +37,19 @@ from pydantic import ValidationError
 from reward_models.gate import Counts, Gate, ImpatientProtocol, Limits
 from reward_models.metrics.ngrams import DocumentFrequencies
 from reward_models.rewards import RewardScores, WeightedRewards, build_rewards
-from reward_models.wire import Refused, ScoreReply, ScoreRequest, check_values, columns_of, read_pictures
+from reward_models.wire import Refused, ScoreReply, ScoreRequest, check_values, columns_of, read_pictures, request_model
 
 _log = logging.getLogger("reward_models.serve")
 _MAX_ROWS_PER_CALL = 1024  # how many rows of waiting requests are put together
 
 
+class RewardsFailed(Exception):
+    """The rewards raised something, which is the cause of this."""
+
+
 class _Waiting(NamedTuple):
     columns: dict[str, list[Any]]
-    answer: asyncio.Future[RewardScores]
+    answer: asyncio.Future[RewardScores | BaseException]
 
     @property
     def rows(self) -> int:
@@ -68,7 +71,10 @@ class Batcher:
     async def score(self, columns: dict[str, list[Any]]) -> RewardScores:
         waiting = _Waiting(columns, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(waiting)
-        return await waiting.answer
+        answer = await waiting.answer
+        if isinstance(answer, BaseException):
+            raise RewardsFailed from answer
+        return answer
 
     async def run(self) -> None:
         """Serve the queue for ever."""
@@ -89,20 +95,15 @@ class Batcher:
             return
         merged = {key: [value for waiting in group for value in waiting.columns[key]] for key in group[0].columns}
         began = time.perf_counter()
-        call: Callable[[], RewardScores] = functools.partial(self._rewards, **merged)  # type: ignore[arg-type]
-        failed: Exception | None = None
-        try:
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, call)
-        except Exception as error:
-            failed = error
+        scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._call, merged)
         self._counts.calls += 1
         self._counts.call_seconds += time.perf_counter() - began
-        if failed is not None:
+        if isinstance(scores, BaseException):
             if len(group) > 1:
                 for waiting in group:
                     await self._together([waiting])
             elif not group[0].answer.done():
-                group[0].answer.set_exception(failed)
+                group[0].answer.set_result(scores)
             return
         start = 0
         for waiting in group:
@@ -111,6 +112,13 @@ class Batcher:
             self._counts.samples += waiting.rows
             if not waiting.answer.done():
                 waiting.answer.set_result(_cut(scores, own))
+
+    def _call(self, columns: dict[str, list[Any]]) -> RewardScores | BaseException:
+        """What the rewards return or raise, as a value: some exceptions (SystemExit) would end the event loop."""
+        try:
+            return self._rewards(**columns)  # type: ignore[arg-type]
+        except BaseException as error:
+            return error
 
 
 def _parts(group: list[_Waiting]) -> list[list[_Waiting]]:
@@ -146,6 +154,8 @@ def create_app(
             )
     counts = Counts()
     batcher = Batcher(rewards, counts)
+    model = request_model(limits.max_samples, limits.max_images)
+    reading = ThreadPoolExecutor(1, thread_name_prefix="reading")  # one body at a time: a parser's memory is its peak
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -163,26 +173,25 @@ def create_app(
     async def metrics() -> str:
         return counts.text()
 
-    body = {"required": True, "content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}}
+    body = {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}
 
     @app.post(
         "/score", response_model=None, responses={200: {"model": ScoreReply}}, openapi_extra={"requestBody": body}
     )
     async def score(request: Request) -> JSONResponse:
+        async def scored() -> RewardScores:
+            message = [await request.receive()]  # the gate gives the whole body in one
+            columns = await asyncio.get_running_loop().run_in_executor(reading, _read, message, model, limits)
+            return await batcher.score(columns)
+
         try:
-            columns = await asyncio.to_thread(_read, await request.body(), limits)
-            scores = await asyncio.wait_for(batcher.score(columns), limits.score_timeout)
+            scores = await asyncio.wait_for(scored(), limits.score_timeout)
         except Refused as refused:
             return JSONResponse({"detail": str(refused)}, refused.status)
-        except TimeoutError as error:
-            _log.warning("request timed out: %s", error)
-            return JSONResponse({"detail": "the rewards took too long"}, 504)
-        except Exception as error:  # other people's code: its text may hold paths, so it stays in the log
-            _log.error("the rewards failed", exc_info=error)
-            if isinstance(error, ValueError):
-                text = "the rewards refused these samples (a missing column?); the server's log says why"
-                return JSONResponse({"detail": text}, 422)
-            return JSONResponse({"detail": "the rewards failed; the server's log says why"}, 500)
+        except TimeoutError:
+            return _failure(TimeoutError(f"no scores within {limits.score_timeout:g} s"))
+        except RewardsFailed as failed:
+            return _failure(failed.__cause__)
         return JSONResponse(_reply(scores, rewards.signature).model_dump())
 
     @app.exception_handler(Exception)
@@ -195,17 +204,26 @@ def create_app(
     return app
 
 
-def _read(body: bytes, limits: Limits) -> dict[str, list[Any]]:
+def _failure(error: BaseException | None) -> JSONResponse:
+    """The answer where the rewards failed. Other people's code: its text may hold paths, so it stays in the log."""
+    if isinstance(error, TimeoutError):
+        _log.warning("request timed out: %s", error)
+        return JSONResponse({"detail": "the rewards took too long"}, 504)
+    _log.error("the rewards failed", exc_info=error)
+    if isinstance(error, ValueError):
+        text = "the rewards refused these samples (a missing column?); the server's log says why"
+        return JSONResponse({"detail": text}, 422)
+    return JSONResponse({"detail": "the rewards failed; the server's log says why"}, 500)
+
+
+def _read(message: list[MutableMapping[str, Any]], model: type[ScoreRequest], limits: Limits) -> dict[str, list[Any]]:
+    """The columns of a request. The message is taken out of its list, so that the body is gone once it is parsed."""
     try:
-        request = ScoreRequest.model_validate_json(body)
+        request = model.model_validate_json(message.pop()["body"])
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))[:200]
         raise Refused(422, f"{where or 'body'}: {first['msg'][:200]}") from None
-    if len(request.samples) > limits.max_samples:
-        raise Refused(422, f"samples: {len(request.samples)}, at most {limits.max_samples} are allowed")
-    if len(request.images) > limits.max_images:
-        raise Refused(422, f"images: {len(request.images)}, at most {limits.max_images} are allowed")
     check_values(request.samples, limits.max_text)
     return columns_of(request, read_pictures(request.images, limits.max_megapixels * 1e6))
 

@@ -26,7 +26,8 @@ Reduce = Callable[[np.ndarray], np.ndarray]
 
 SCHEDULES = ("constant", "linear", "cosine")
 MEMORY = 0.9  # of the running spreads: the last ten steps or so count
-MAX_FACTOR = 1.25  # an adapted weight grows or shrinks by no more than this per step
+MAX_FACTOR = 1.25  # an adapted weight grows by no more than this per step
+SMALLEST = 1e-3  # a spread counts as at least this part of the whole, so that no weight passes 1000 |share|
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,12 @@ _PARSERS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Weight]
 _FORMS = "{schedule: ...}, {column: ...}, {when: ...}, {share: ...}"
 
 
+def form_of(weight: Weight) -> str:
+    """The key by which a recipe tells the form of a weight; "number" for a number."""
+    kinds = {Scheduled: "schedule", Share: "share", ByColumn: "column", When: "when"}
+    return kinds.get(type(weight), "number")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -196,11 +203,13 @@ class Shares:
 
     The spread s of a part is the root of the mean variance of what it contributes, within the groups of responses to
     one prompt (within the batch without groups): a constant offset trains nothing, so it counts for nothing. With R
-    the sum of the shares and F the sum of the spreads of all other parts, weight = share * F / ((1 - R) * s).
+    the sum of the shares, F the sum of the spreads of all other parts and W = F / (1 - R) the whole,
+    weight = share * W / max(s, now, SMALLEST * W).
 
-    Spreads are running means over training calls (`MEMORY`), the first call's as they are; from then on a weight
-    changes by at most a factor `MAX_FACTOR` per call. A part whose spread is still zero (or where all others' are)
-    has no weight yet and adds nothing.
+    s and F are from running variances over training calls (`MEMORY`), which begin with the first call in which the
+    part has any spread, as it is: until then it has no weight and adds nothing. `now` is the spread of this call alone:
+    a penalty that fires once in a hundred calls makes its share of the whole when it does, not ten times as much. A
+    weight falls at once and rises by at most a factor `MAX_FACTOR` per call.
     """
 
     def __init__(self, shares: Mapping[str, float], others: Sequence[str]) -> None:
@@ -218,22 +227,24 @@ class Shares:
         NaN where a part has no opinion. `reduce` sums an array over processes.
         """
         names = [*self.shares, *self.others]
-        sums = np.array([_squares(contributions[name], group_size) for name in names])
+        sums = np.array([_squares(name, contributions[name], group_size) for name in names])
         if reduce is not None:
             sums = reduce(sums)
+        now = dict.fromkeys(names, 0.0)
         for name, (squares, freedom) in zip(names, sums.tolist(), strict=True):
-            if freedom:
-                now, before = squares / freedom, self.variances.get(name)
-                self.variances[name] = now if before is None else MEMORY * before + (1 - MEMORY) * now
+            if freedom and (squares or name in self.variances):
+                now[name] = squares / freedom
+                before = self.variances.get(name, now[name])
+                self.variances[name] = MEMORY * before + (1 - MEMORY) * now[name]
         spread = {name: math.sqrt(self.variances.get(name, 0.0)) for name in names}
         whole = sum(spread[name] for name in self.others) / (1 - sum(map(abs, self.shares.values())))
         for name, share in self.shares.items():
-            if not whole or not spread[name]:
+            if not whole or name not in self.variances:
                 continue
-            wanted, before = abs(share) * whole / spread[name], self.weights.get(name)
-            if before is not None:
-                wanted = min(max(wanted, abs(before) / MAX_FACTOR), abs(before) * MAX_FACTOR)
-            self.weights[name] = math.copysign(wanted, share)
+            weight = abs(share) * whole / max(spread[name], math.sqrt(now[name]), SMALLEST * whole)
+            if name in self.weights:
+                weight = min(weight, abs(self.weights[name]) * MAX_FACTOR)
+            self.weights[name] = math.copysign(weight, share)
 
     def state(self) -> dict[str, dict[str, float]]:
         return {"variances": dict(self.variances), "weights": dict(self.weights)}
@@ -242,13 +253,15 @@ class Shares:
         self.variances, self.weights = dict(state["variances"]), dict(state["weights"])
 
 
-def _squares(values: np.ndarray, group_size: int | None) -> tuple[float, float]:
+def _squares(name: str, values: np.ndarray, group_size: int | None) -> tuple[float, float]:
     """Squared deviations from the mean of their group, summed, and the degrees of freedom behind them."""
     squares = freedom = 0.0
     for group in in_groups(values, group_size if group_size and group_size > 1 else None):
         known = group[~np.isnan(group)]
         if len(known) > 1:
             freedom += len(known) - 1
-            if not is_constant(known):
-                squares += float(np.square(known - known.mean()).sum())
+            try:
+                squares += 0.0 if is_constant(known) else float(np.square(known - known.mean()).sum())
+            except ValueError as error:
+                raise ValueError(f"reward {name!r}, for its share: {error}") from None
     return squares, freedom

@@ -10,18 +10,23 @@ import base64
 import binascii
 import io
 import math
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, create_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Keywords of a reward call that a sample's own columns must not replace.
 RESERVED = frozenset(
-    {"prompt", "prompts", "completion", "completions", "references", "image", "images"}
+    {"self", "prompt", "prompts", "completion", "completions", "references", "image", "images"}
     | {"pieces", "step", "group_size", "training"}
 )
+
+# One match per JSON value or key, and one at the end. Nothing in it can fail after it has read ahead (a string may lack
+# its closing quote), so that any bytes take time in proportion to their number.
+_VALUE = re.compile(rb'[\s,:\]}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[^\s\[\]{},:"]++)?', re.DOTALL)
 
 
 class _Model(BaseModel):
@@ -59,6 +64,16 @@ class ScoreRequest(_Model):
     images: list[str] = []
 
 
+def request_model(max_samples: int, max_images: int) -> type[ScoreRequest]:
+    """ScoreRequest with limits on its lists; reading a longer list ends at the limit."""
+    return create_model(
+        "ScoreRequest",
+        __base__=ScoreRequest,
+        samples=(list[Sample], Field(min_length=1, max_length=max_samples, fail_fast=True)),
+        images=(list[str], Field(default=[], max_length=max_images, fail_fast=True)),
+    )
+
+
 class ScoreReply(_Model):
     """scores: one per sample; null where no reward had an opinion or a value was dropped. parts: raw, by name."""
 
@@ -73,6 +88,19 @@ class Refused(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+def count_values(body: bytes | bytearray, most: int) -> int:
+    """How many JSON values and keys the body holds, found without parsing it; counting ends above `most`.
+
+    An object costs the parser several hundred bytes, however few characters it is written in.
+    """
+    count = -1  # the match at the end
+    for _ in _VALUE.finditer(body):
+        count += 1
+        if count > most:
+            break
+    return count
 
 
 def columns_of(request: ScoreRequest, pictures: list[Image]) -> dict[str, list[Any]]:

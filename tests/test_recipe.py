@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from mmft.recipe import Algorithm, Recipe, RecipeError, load_recipe, recipe_main
 from mmft.recipe_preference import load_preference_recipe
-from mmft.recipe_rewards import REWARDS
+from mmft.recipe_rewards import REWARDS, WITH_TIMEOUT
 
 ROOT = Path(__file__).parents[1]
 
@@ -201,6 +202,14 @@ IMPOSSIBLE = {
     "clipped and dense": (
         "rewards:\n- name: bleu\n  credit: dense\n  clip: [0, 1]\n",
         "r.yaml:4: rewards.0.clip: got limits, expected null with credit dense",
+    ),
+    "shaping by what comes later": (
+        "rewards:\n- name: bleu\n  credit: shaping\n  normalize: batch\n",
+        "r.yaml:4: rewards.0.normalize: got batch, expected null or running with credit shaping",
+    ),
+    "a time limit for what has no child": (
+        "rewards:\n- name: cider_d\n  timeout: 5\n",
+        "r.yaml:3: rewards.0.timeout: got 5.0, expected null with cider_d",
     ),
     "groups of one": (
         "rewards:\n- name: bleu\n  normalize: group\nrollout: {num_generations: 1}\n",
@@ -496,6 +505,25 @@ def test_a_wrong_recipe_ends_with_code_2_before_anything_heavy(tmp_path):
     assert done.returncode == 2 and done.stdout.strip() == "LIGHT"
     assert "job.yaml:2: train.step:" in done.stderr and "job.yaml:3: sed:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["x=" + "y" * 5000], ["--resume", "x=" + "y" * 5000]])
+def test_a_long_override_is_no_file_name(write, words, capsys):
+    with pytest.raises(SystemExit):  # not an OSError: file name too long
+        recipe_main("test", [str(write("seed: 3\n")), *words])
+    assert "command line: x: got an unknown key" in capsys.readouterr().err
+
+
+def test_the_recipe_knows_which_rewards_take_a_time_limit():
+    from reward_models.named import BUILT_IN, built_in
+
+    light = [name for name in BUILT_IN if name != "preference"]  # which needs torch, and takes none
+    assert [n for n in light if "timeout" in inspect.signature(built_in(n)).parameters] == WITH_TIMEOUT
+
+
+def test_a_reward_that_is_only_logged_may_be_dense_without_a_critic(write):
+    text = "model: {critic: none}\nrewards:\n  - {name: bleu}\n  - {name: cider_d, credit: dense, weight: 0}\n"
+    assert load_recipe(write(text)).rewards[1].credit == "dense"
 
 
 def test_dense_credit_needs_a_critic(write):

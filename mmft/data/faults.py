@@ -8,8 +8,8 @@ the same annotator with the same choices of words. Changes are proposed evenly a
 decided by the picture alone, for every kind in `PICTURE_KINDS` (for "hallucinated" and "missing" taken together: the
 one adds what the other takes away).
 
-The other kinds can be told from the text: bad grammar, lists, and wording, where both captions are true and the
-chosen one uses the words that most annotators agree on.
+The other kinds can be told from the text: bad grammar, lists, an object named twice, and wording, where both captions
+are true and the chosen one uses the words that most annotators agree on.
 
 A maker takes a scene and random choices and gives (chosen, rejected), or None where this scene and these choices
 make no pair.
@@ -39,20 +39,21 @@ from mmft.data.scenes import (
 
 # Kind of fault -> share of the pairs.
 KINDS: dict[str, float] = {
-    "colour": 0.12,
-    "shape": 0.11,
+    "colour": 0.11,
+    "shape": 0.10,
     "size": 0.08,
     "background": 0.10,
     "relation": 0.07,
     "hallucinated": 0.08,
     "missing": 0.08,
-    "other picture": 0.14,
+    "other picture": 0.12,
     "ending": 0.03,
     "repeated": 0.03,
     "shuffled": 0.03,
     "cut": 0.03,
     "listed": 0.02,
-    "wording": 0.08,
+    "twice": 0.06,
+    "wording": 0.06,
 }
 PICTURE_KINDS = ("colour", "shape", "size", "background", "relation", "hallucinated", "missing", "other picture")
 
@@ -367,6 +368,16 @@ def _listed(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     return None if chosen is None or all_true(rejected, scene) else (chosen, rejected)
 
 
+def _twice(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    """One object named a second time in the place of another, as models do that have lost count."""
+    if len(scene.objects) < 2:
+        return None
+    left_out, twin = rng.sample(range(len(scene.objects)), 2)
+    same = {key: getattr(scene.objects[twin], key) for key in ("shape", "colour", "size")}
+    pair = _both(scene, _with_object(scene, left_out, **same), _annotator(rng), rng)
+    return pair if pair and all_true(pair[0], scene) and not all_true(pair[1], scene) else None
+
+
 def _wording(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     """Both are true; the chosen one is in the words of most and names no fewer objects."""
     chosen, rejected = _honest(scene, rng, CONSENSUS), _honest(scene, rng, OWN_WORDS)
@@ -389,5 +400,6 @@ MAKERS: dict[str, Maker] = {
     "shuffled": _spoilt(_shuffled),
     "cut": _spoilt(_cut),
     "listed": _listed,
+    "twice": _twice,
     "wording": _wording,
 }

@@ -38,7 +38,8 @@ class PPOConfig:
         gamma, lam: of generalised advantage estimation.
         cliprange, cliprange_value: PPO's clip of the ratio, and of the value (None = unclipped).
         vf_coef, entropy_coef: weights of the critic's loss and of the entropy bonus.
-        whiten_rewards: divide token rewards by their standard deviation (the mean stays, as in TRL).
+        whiten_rewards: divide token rewards by their standard deviation; the mean stays, as in TRL, which adds the
+            same to every token and so pays for length (or against it) where the mean is not 0.
         whiten_advantages: normalise advantages to mean 0 and variance 1 over the step.
         missing_eos_penalty: taken off the score of a response that did not end (None = 0).
         critic: "head" or "none".

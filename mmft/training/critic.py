@@ -15,26 +15,28 @@ from mmft.training.config import PPOConfig
 from mmft.vlm.policy import Policy
 
 # Penalties that are tried, in shares of each feature's own variance; infinity is the mean return alone.
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, float("inf"))
+# Of equal ones the strongest wins: with a single prompt there is nothing to choose by.
+_RIDGES = (float("inf"), 10.0, 1.0, 1e-1, 1e-2, 1e-3)
 
 
 @torch.no_grad()
-def fit_critic(policy: Policy, rollout: Rollout, config: PPOConfig, reduce=None) -> None:
+def fit_critic(policy: Policy, rollout: Rollout, config: PPOConfig, halves: list[int], reduce=None) -> None:
     """Sets the value head to the ridge regression of the discounted returns on the last hidden states.
 
     Monte Carlo policy evaluation with a linear function (Bradtke and Barto 1996, with lambda = 1). The prompts are
     split into halves; the penalty is the one whose fit to either half foretells the other half best. The head takes
-    the fit to both; ``rollout.old.values`` become those of the fit to the *other* half, so that no response's value
-    knows its own return and the first policy gradient stays unbiased. All processes come to the same head.
+    the fit to both; ``rollout.old.values`` become those of the fit to the *other* half, so that no weight of a
+    response's value has seen its own return (the penalty, one number of six, has). All processes come to the same head.
 
     Args:
         rollout: with ``rewards`` (N, T) filled in.
+        halves: 0 or 1 for each prompt; the same split however many processes share the prompts.
         reduce: sums a tensor over processes; None = one process.
     """
-    halves = (torch.arange(len(rollout.prompts)) % 2).repeat_interleave(config.num_generations)
+    rows = torch.tensor(halves).repeat_interleave(config.num_generations)
     hidden = _hidden(policy, rollout, config)
     mask = rollout.responses.mask
-    half = halves.to(mask.device)[:, None].expand_as(mask)[mask]
+    half = rows.to(mask.device)[:, None].expand_as(mask)[mask]
     weight = rollout.update_mask[mask].double()
     returns = discounted_returns(rollout.rewards, mask, config.gamma)[mask].double()
     features = torch.cat([hidden.double(), returns.new_ones(len(returns), 1), returns[:, None]], -1)

@@ -50,7 +50,7 @@ def evaluate(
     size = min(len(dataset), rows)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine = range(size)[rank::world]
-    found: list[tuple[int, str, bool]] = []
+    found: list[tuple[int, str, bool, list[int]]] = []
     for start in range(0, len(mine), batch):
         chunk = list(mine[start : start + batch])
         opened = [dataset[i] for i in chunk]
@@ -58,12 +58,14 @@ def evaluate(
         prompts = policy.pictures.prompts(opened, ids, policy.device)
         with _autocast(accelerator):
             responses, _ = generate(policy, prompts, 1, max_new_tokens, temperature=0.0)
-        found += zip(chunk, decode(policy, responses), responses.ended.tolist(), strict=True)
+        tokens = [ids[mask].tolist() for ids, mask in zip(responses.ids.cpu(), responses.mask.cpu(), strict=True)]
+        found += zip(chunk, decode(policy, responses), responses.ended.tolist(), tokens, strict=True)
     if world > 1:
         found = gather_object(found)
     found.sort()
-    texts, ended = [text for _, text, _ in found], [done for _, _, done in found]
-    return Evaluation(texts, metrics(texts, [text_row(dataset, i) for i in range(size)], ended))
+    texts, ended = [text for _, text, _, _ in found], [done for _, _, done, _ in found]
+    opened = [text_row(dataset, i) | {"completion_ids": ids} for i, _, _, ids in found]
+    return Evaluation(texts, metrics(texts, opened, ended))
 
 
 def text_row(dataset, index: int) -> dict[str, Any]:

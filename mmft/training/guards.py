@@ -83,6 +83,7 @@ class Guards:
         self._first: list[float] = []  # words per response of the first steps
         self._recent: deque[dict[str, float]] = deque(maxlen=_SMOOTHED)
         self._speaking: set[str] = set()
+        self.alarms: list[Alarm] = []  # of the whole run
 
     @property
     def may_roll_back(self) -> bool:
@@ -95,7 +96,7 @@ class Guards:
 
     def look(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """The alarms of one training step."""
-        self._recent.append({k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)})
+        self._recent.append({k: v for k, v in metrics.items() if _is_read(k) and math.isfinite(v)})
         if len(self._first) < _SMOOTHED and "words" in metrics:
             self._first.append(float(metrics["words"]))
         found = [
@@ -141,6 +142,7 @@ class Guards:
             "first": self._first,
             "recent": list(self._recent),
             "speaking": sorted(self._speaking),
+            "alarms": [alarm.as_dict() for alarm in self.alarms],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -148,6 +150,11 @@ class Guards:
         self._best = tuple(state["best"]) if state["best"] else None
         self._first, self._speaking = list(state["first"]), set(state["speaking"])
         self._recent = deque(state["recent"], maxlen=_SMOOTHED)
+        self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
+
+    def forget_best(self) -> None:
+        """As if nothing had been evaluated yet."""
+        self.best_step, self._best, self._worse = None, None, 0
 
     # ---------------------------------------------------------------- numbers
 
@@ -175,10 +182,16 @@ class Guards:
         guard = self.guards.get(name)
         if guard is None or value is None:
             return None
-        if value <= guard.limit:
+        if not value > guard.limit:
             self._speaking.discard(name)
             return None
         if name in self._speaking:
             return None
         self._speaking.add(name)
-        return Alarm(name, step, value, guard.limit, guard.action, f"{text.format(value)} (limit {guard.limit:.0%})")
+        told = f"{text.format(value)} (limit {guard.limit:.0%})"
+        self.alarms.append(Alarm(name, step, value, guard.limit, guard.action, told))
+        return self.alarms[-1]
+
+
+def _is_read(name: str) -> bool:
+    return name in ("bad_ending", "repetition", "words", "reward") or name.startswith(_PARTS)

@@ -120,10 +120,12 @@ class Monitor:
         with (self.run_dir / "alarms.jsonl").open("a", encoding="utf-8") as file:
             for alarm in alarms:
                 file.write(json.dumps(alarm.as_dict()) + "\n")
-                follows = {"log": "", "stop": "; training stops", "rollback": "; back to the best evaluated state"}
-                self.console.print(
-                    f"[yellow]step {alarm.step}, guard {alarm.guard}:[/] {escape(alarm.text)}{follows[alarm.action]}"
-                )
+                self.say(f"step {alarm.step}, guard {alarm.guard}: {alarm.text}")
+
+    def say(self, text: str) -> None:
+        """One line that should not be missed."""
+        if self.is_main:
+            self.console.print(text, style="yellow", markup=False, emoji=False, highlight=False)
 
     def log_images(self, step: int, pictures: Sequence[Any], captions: Sequence[str], most: int = 8) -> None:
         """Shows pictures (PIL images) and what is said of them in TensorBoard; the first `most` of them."""

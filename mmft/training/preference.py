@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mmft.data import load_rows
 from mmft.data.preferences import PICTURE_KINDS, scene_pairs
@@ -39,23 +42,25 @@ Examples = list[Pair] | list[Rating]
 
 def run_preference(recipe: PreferenceRecipe) -> dict[str, Any]:
     """Trains and reports; prints a table, returns what ``summary.json`` holds. Errors of users end the process."""
+    refuse_several_processes()
     from mmft.vlm.load import resolve
+    from reward_models.preference.folder import check_folder
     from reward_models.preference.reward import PreferenceReward
     from reward_models.preference.training import train_preference
 
     began = time.time()
     output = Path(recipe.output.dir)
     with plain_errors():
+        check_folder(output)  # before the pairs are made, which may take a while
         data = gather(recipe)
         print(", ".join(f"{len(data[split])} {split}" for split in _SPLITS) + f" pairs in {time.time() - began:.0f} s")
-        output.mkdir(parents=True, exist_ok=True)
-        recipe.dump(output / "recipe.yaml")
         backbone, head, loss, train = recipe.backbone, recipe.head, recipe.loss, recipe.train
         trained = train_preference(
             as_ratings(data["train"]) if loss.name == "mse" else data["train"],
             output,
             calibration=[pair for pair in data["validation"] if isinstance(pair, Pair)],
             backbone=resolve(backbone.name),
+            backbone_name=backbone.name,
             lora=backbone.lora.r if backbone.tune == "lora" else 0,
             lora_target=backbone.lora.target,
             quantize=backbone.quantize,
@@ -76,7 +81,8 @@ def run_preference(recipe: PreferenceRecipe) -> dict[str, Any]:
             max_grad_norm=train.max_grad_norm,
             seed=recipe.seed,
         )
-    reward = PreferenceReward.load(output)
+    recipe.dump(output / "recipe.yaml")
+    reward = PreferenceReward.load(output, backbone=resolve(backbone.name))
     summary = {"examples": {split: len(data[split]) for split in _SPLITS}, "training": trained}
     summary |= report(reward, data["train"], data["test"], data.get(_OTHER, []))
     summary |= {"heads": recipe.head.heads, "signature": reward.signature, "seconds": round(time.time() - began, 1)}
@@ -85,14 +91,24 @@ def run_preference(recipe: PreferenceRecipe) -> dict[str, Any]:
     return summary
 
 
+def refuse_several_processes() -> None:
+    """Ends a launch of more than one process, each of which would train the same head into the same folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("RANK", "0") == "0":
+            print("error: a preference head is trained by one process; start python, not several", file=sys.stderr)
+        raise SystemExit(2)
+
+
 # --- where the pairs come from ---------------------------------------------------------------------
 
 
 def gather(recipe: PreferenceRecipe) -> dict[str, Any]:
     """Split -> pairs or ratings; no picture is in two splits. With scenes also more pairs of `_OTHER`, for the report.
 
+    A file is told from others by where it lies, links and dots resolved; what came as bytes or pixels by its content.
+
     Raises:
-        ValueError: whatever is wrong with a file, row, split or model.
+        ValueError: whatever is wrong with a file, row, split or model, or two named splits that share a picture.
     """
     pairs = recipe.pairs
     if pairs.source == "scenes":
@@ -100,10 +116,14 @@ def gather(recipe: PreferenceRecipe) -> dict[str, Any]:
     read = demonstrations if pairs.source == "demonstrations" else _rows
     own = {"validation": pairs.validation, "test": pairs.test}
     found: dict[str, Any] = {split: [] if name is None else read(recipe, name) for split, name in own.items()}
+    root = Path(pairs.images or pairs.name or ".").expanduser().resolve()
+    root = root.parent if root.is_file() else root
+    examples = read(recipe, pairs.train)
+    _refuse_shared({"train": examples} | {split: found[split] for split in own if own[split] is not None}, recipe, root)
     found["train"] = []
-    for example in read(recipe, pairs.train):
-        # By picture, so that none is in two splits; by hash, so that more rows move no other row.
-        tenth = int(hashlib.sha256(_picture_name(example).encode()).hexdigest(), 16) % 10
+    for example, group in zip(examples, _groups(examples, root), strict=True):
+        # By picture, so that none is in two splits; by hash, so that more rows about other pictures move no other row.
+        tenth = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 10
         split = {0: "test", 1: "validation"}.get(tenth, "train")
         found["train" if own.get(split) is not None else split].append(example)
     if pairs.source == "rows":
@@ -180,17 +200,55 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 ) from None
 
 
-def _picture_name(example: Pair | Rating) -> str:
-    """What tells the pictures of a row from those of other rows; the prompt where there are none."""
+def _picture_names(example: Pair | Rating, root: Path) -> list[str]:
+    """What tells each picture of a row from other pictures; a file's name starts at `root`, wherever that lies."""
     names = []
     for picture in example.images:
         if isinstance(picture, bytes):
             names.append(hashlib.sha256(picture).hexdigest())
-        elif hasattr(picture, "tobytes"):
-            names.append(hashlib.sha256(picture.tobytes()).hexdigest())
+        elif isinstance(picture, Image.Image):
+            names.append(hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest())
+        elif isinstance(picture, str | Path):
+            names.append(os.path.relpath(Path(picture).resolve(), root))
         else:
             names.append(str(picture))
-    return " ".join(names) or json.dumps(example.prompt)
+    return names
+
+
+def _groups(examples: Iterable[Pair | Rating], root: Path) -> list[str]:
+    """For each example the name of its group: examples that share a picture, also by way of others, share a group.
+
+    Those without pictures are grouped by their prompts.
+    """
+    above: dict[str, str] = {}
+
+    def first(name: str) -> str:
+        above.setdefault(name, name)
+        while above[name] != name:
+            above[name] = name = above[above[name]]
+        return name
+
+    names = [_picture_names(example, root) or [json.dumps(example.prompt)] for example in examples]
+    for own in names:
+        for name in own[1:]:
+            low, high = sorted((first(own[0]), first(name)))
+            above[high] = low
+    return [first(own[0]) for own in names]
+
+
+def _refuse_shared(splits: dict[str, Examples], recipe: PreferenceRecipe, root: Path) -> None:
+    """Raises ValueError where a picture is in two of the splits that the recipe names."""
+    seen: dict[str, tuple[str, int]] = {}
+    for split, examples in splits.items():
+        for i, example in enumerate(examples):
+            for name in _picture_names(example, root):
+                other, row = seen.setdefault(name, (split, i))
+                if other != split:
+                    raise ValueError(
+                        f"pairs.{split}: row {i} of {getattr(recipe.pairs, split)!r} shows the picture {name} of row "
+                        f"{row} of pairs.{other} {getattr(recipe.pairs, other)!r}; expected splits without a picture "
+                        f"in common: take such rows out, or set pairs.{split} to null"
+                    )
 
 
 @dataclass(frozen=True)
@@ -199,10 +257,9 @@ class _Shown:
 
     rows: Any
     index: int
-    name: str
 
     def __str__(self) -> str:
-        return self.name
+        return self.rows.text(self.index)["picture"]
 
     def __call__(self) -> Any:
         return self.rows[self.index]["image"]
@@ -234,7 +291,7 @@ def demonstrations(recipe: PreferenceRecipe, split: str) -> list[Pair]:
             if text not in row["references"]:
                 name = f"{row['id']}-{k % writer.samples}"
                 chosen = random.Random(f"{recipe.seed}/{name}").choice(row["references"])
-                shown = _Shown(rows, start + k // writer.samples, str(row["id"]))
+                shown = _Shown(rows, start + k // writer.samples)
                 found.append(Pair(row["prompt"], (shown,), chosen, text, kind="demonstration", id=name))
     return found
 

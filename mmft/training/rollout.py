@@ -71,29 +71,32 @@ def score(
     """
     responses = rollout.responses
     found = reward_funcs(
-        **reward_columns(rollout.prompts, rollout.texts),
-        ended=responses.ended.tolist(),
-        completion_ids=[ids[mask].tolist() for ids, mask in zip(responses.ids, responses.mask, strict=True)],
+        **reward_arguments(rollout.prompts, rollout.texts, responses),
         pieces=pieces,
         step=step,
         group_size=config.num_generations,
         training=True,
     )
-    rollout.scores = torch.as_tensor(np.asarray(found.total), dtype=torch.float32, device=responses.ids.device)
+    rollout.scores = penalised(found.total, responses.ended, config)
     if not rollout.scores.isfinite().all():
         worst = int((~rollout.scores.isfinite()).nonzero()[0])
         row = rollout.prompts.row_ids[worst // config.num_generations]
         raise ValueError(f"the reward of row {row} is {found.total[worst]}, too large for float32; scale the rewards")
+    rollout.plain = penalised(found.plain, responses.ended, config)
     rollout.parts = {name: torch.as_tensor(np.asarray(v), dtype=torch.float32) for name, v in found.parts.items()}
     rollout.weighted = {name: torch.as_tensor(np.asarray(v), dtype=torch.float32) for name, v in found.weighted.items()}
     if not found.keep.all():
         rollout.keep = torch.as_tensor(found.keep, device=responses.ids.device)
     rollout.dense = _on_tokens(found.dense, responses)
     rollout.potentials = _on_tokens(found.potentials, responses)
+
+
+def penalised(scores: np.ndarray, ended: Tensor, config: PPOConfig) -> Tensor:
+    """(N,) float32 scores with ``missing_eos_penalty`` taken off where the response was cut off."""
+    found = torch.as_tensor(np.asarray(scores), dtype=torch.float32, device=ended.device)
     if config.missing_eos_penalty:
-        rollout.scores = rewards.apply_missing_eos_penalty(
-            rollout.scores, rollout.responses.ended, config.missing_eos_penalty
-        )
+        found = rewards.apply_missing_eos_penalty(found, ended, config.missing_eos_penalty)
+    return found
 
 
 def _on_tokens(rows: list[np.ndarray] | None, responses: Responses) -> Tensor | None:
@@ -119,6 +122,12 @@ def blank_prompts(policy: Policy, prompts: PromptBatch) -> PromptBatch:
                 row[key] = grey if many else grey[0]
         rows.append(row)
     return policy.pictures.prompts(rows, prompts.row_ids, policy.device)
+
+
+def reward_arguments(prompts: PromptBatch, texts: list[str], responses: Responses) -> dict[str, Any]:
+    """`reward_columns`, and what only the sampling knows: ``ended`` and ``completion_ids``."""
+    ids = [ids[mask].tolist() for ids, mask in zip(responses.ids.cpu(), responses.mask.cpu(), strict=True)]
+    return reward_columns(prompts, texts) | {"ended": responses.ended.tolist(), "completion_ids": ids}
 
 
 def reward_columns(prompts: PromptBatch, texts: list[str]) -> dict[str, list[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from mmft.training.config import from_recipe
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
 from mmft.training.monitor import Monitor
 from mmft.training.summary import write_summary
-from mmft.training.trainer import A2CTrainer, PPOTrainer
+from mmft.training.trainer import A2CTrainer, PPOTrainer, RewardError
 from mmft.training.warm_start import warm_start
 from mmft.vlm.load import build_policy, load_model, lora_config
 from reward_models import DocumentFrequencies, build_rewards
@@ -31,12 +32,17 @@ def run(recipe, resume: str | None = None) -> dict[str, Any]:
     """Runs a `mmft.recipe.Recipe` from its rows to its report; returns the summary.
 
     Whatever is wrong with data, rewards, model or checkpoint is found before the first step, and ends the process
-    with one plain line and exit code 2.
+    with one plain line and exit code 2. A reward that fails later ends it with the step in the last line and code 1.
     """
     with plain_errors():
         trainer = assemble(recipe, resume)
         trainer.begin(True if resume == "latest" else resume)
-    return trainer.train()
+    try:
+        return trainer.train()
+    except RewardError as error:
+        traceback.print_exception(error.__cause__)  # of the user's own function, perhaps; the plain line comes last
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
 
 
 @contextmanager
@@ -92,7 +98,7 @@ def prepare_folder(recipe, frequencies: DocumentFrequencies) -> Path:
     if os.environ.get("RANK", "0") == "0":
         output.mkdir(parents=True, exist_ok=True)
         recipe.dump(output / "recipe.yaml")
-        frequencies.save(output / "document_frequencies.json")
+        frequencies.save(output / "document_frequencies.npz")
     return output
 
 

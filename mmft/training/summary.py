@@ -28,6 +28,7 @@ def write_summary(
     seconds: float,
     signatures: dict[str, str] | None = None,
     alarms: Sequence[Alarm] = (),
+    rolled_back_to: int | None = None,
 ) -> dict[str, Any]:
     """Writes ``summary.json`` (and samples where there is an evaluation); returns its contents.
 
@@ -36,6 +37,7 @@ def write_summary(
         seconds: wall-clock time of the run.
         signatures: reward -> how exactly it is computed; those of the held-out metrics come with them.
         alarms: what the guards said.
+        rolled_back_to: the step whose weights the run ended with, where a guard put them back.
     """
     summary: dict[str, Any] = {"before": {}, "after": {}, "difference": {}}
     if before is not None and after is not None:
@@ -52,6 +54,7 @@ def write_summary(
         "signatures": {f"held-out {name}": text for name, text in getattr(metrics, "signatures", {}).items()}
         | {f"reward {name}": text for name, text in (signatures or {}).items()},
         "alarms": [alarm.as_dict() for alarm in alarms],
+        "rolled_back_to": rolled_back_to,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))

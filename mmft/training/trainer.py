@@ -21,6 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from mmft.algorithms.kl import AdaptiveKL, FixedKL
 from mmft.algorithms.masked import explained_variance
 from mmft.batch import PromptBatch, Rollout
+from mmft.evaluation.captioning import metric_info
 from mmft.evaluation.findings import main_metric
 from mmft.evaluation.health import text_health
 from mmft.evaluation.report import write_report
@@ -85,6 +86,10 @@ class PPOTrainer:
                 "train a critic, or credit the last token"
             )
         self.guards = Guards(self.config.guards)
+        if self.guards.may_roll_back and (eval_dataset is None or not self.config.eval_steps):
+            raise ValueError(
+                "a guard with action 'rollback' returns to the best evaluation: set eval_steps (eval.every)"
+            )
         self.compute_metrics = compute_metrics or self._reward_metrics
         if not isinstance(model, Policy):
             if isinstance(model, str):
@@ -119,6 +124,7 @@ class PPOTrainer:
         self.run_dir = Path(self.config.output_dir)
         self._seconds: dict[str, float] = {}
         self._told_equal = False
+        self._rolled_back_to: int | None = None
         self._begun: tuple[Evaluation | None, int] | None = None
 
     # ---------------------------------------------------------------- the loop
@@ -134,27 +140,30 @@ class PPOTrainer:
         monitor = Monitor(self.run_dir, self.config.max_steps, main, self.config.report_to, resume_step=done or None)
         if not done:
             self._held_out(0, before)
-        alarms: list[Alarm] = []
         for step in range(done + 1, self.config.max_steps + 1):
             metrics = self.step(step)
-            new = self.guards.look(step, metrics)
+            alarms = self.guards.look(step, metrics)
             if self.config.eval_steps and step % self.config.eval_steps == 0 and step < self.config.max_steps:
                 held_out = self.evaluate()
                 metrics |= {f"eval/{k}": v for k, v in (held_out.means() if held_out else {}).items()}
-                new += self._held_out(step, held_out)
+                alarms += self._held_out(step, held_out)
             monitor.log(step, metrics)
-            monitor.alarms(new)
-            alarms += new
-            if self._act(new):
+            monitor.alarms(alarms)
+            if self._act(alarms, monitor):
                 break
             if self.config.save_steps and step % self.config.save_steps == 0:
                 save_checkpoint(self, step)
         after = self.evaluate()
+        if self._rolled_back_to is None and (alarms := self._held_out(self.config.max_steps, after)):
+            monitor.alarms(alarms)
+            if self._act(alarms, monitor) and self._rolled_back_to is not None:
+                after = self.evaluate()
         summary: dict[str, Any] = {}
         if main:
             save_adapter(self.policy, self.run_dir)
+            seconds, alarms = time.time() - began, self.guards.alarms
             summary = write_summary(
-                self.run_dir, self.eval_dataset, before, after, time.time() - began, self.signatures(), alarms
+                self.run_dir, self.eval_dataset, before, after, seconds, self.signatures(), alarms, self._rolled_back_to
             )
             shown = [self.eval_dataset[i].get("image") for i in range(min(8, len(after.texts)))] if after else []
             if shown and all(picture is not None for picture in shown):
@@ -175,8 +184,13 @@ class PPOTrainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             with self.accelerator.autocast():
                 selftest(self.policy, self.prompts(1).select([0]), self.config.temperature)
+            for part in self.reward_funcs.parts:
+                if hasattr(part.function, "prepare"):
+                    part.function.prepare()  # a judge that cannot be loaded is found now, not at its first score
             before = self.evaluate()  # ahead of the checkpoint: adapters still add nothing
             self._begun = before, load_checkpoint(self, resume) if resume else 0
+            if self.guards.may_roll_back and self._best_checkpoint() is None:
+                self.guards.forget_best()  # kept by no earlier run; the next evaluation is the first to return to
         return self._begun
 
     def step(self, step: int) -> dict[str, float]:
@@ -200,11 +214,12 @@ class PPOTrainer:
         with self._timed("reward"):
             by_token = any(part.credit != "last" for part in self.reward_funcs.parts)
             pieces = stages.pieces_of(self.policy, rollout.responses) if by_token else None
-            stages.score(rollout, self.reward_funcs, config, step, pieces)
+            with rewards_at(step):
+                stages.score(rollout, self.reward_funcs, config, step, pieces)
         # 6. Token rewards, advantages, returns; statistics over all processes.
         kl = stages.earn(rollout, config, self.kl.value, self._reduce)
         if step == 1 and config.critic == "head" and config.critic_start == "fit":
-            fit_critic(self.policy, rollout, config, self._reduce)
+            fit_critic(self.policy, rollout, config, [place % 2 for place in _places(prompts)], self._reduce)
         stages.credit(rollout, config, self._reduce)
         # 7. Epochs x minibatches x microbatches.
         with self._timed("update"):
@@ -232,19 +247,30 @@ class PPOTrainer:
         """Shows an evaluation to the guards; keeps the best state where one of them may roll back to it."""
         means = evaluation.means() if evaluation else {}
         name = main_metric(list(means))
-        if name is None:
-            return []
+        if name is None or metric_info(name).better <= 0:
+            return []  # of a metric of one's own nobody knows whether more is better
         alarms = self.guards.held_out(step, means[name], name)
         if self.guards.may_roll_back and self.guards.best_step == step:
             save_checkpoint(self, step)
         return alarms
 
-    def _act(self, alarms: list[Alarm]) -> bool:
+    def _best_checkpoint(self) -> Path | None:
+        """The checkpoint of the best evaluation, where there is one."""
+        if self.guards.best_step is None:
+            return None
+        folder = self.run_dir / "checkpoints" / f"step-{self.guards.best_step:06d}"
+        return folder if (folder / "manifest.json").is_file() else None
+
+    def _act(self, alarms: list[Alarm], monitor: Monitor) -> bool:
         """What the alarms ask for; True = the training ends here."""
         asked = {alarm.action for alarm in alarms}
-        best = self.guards.best_step
-        if "rollback" in asked and best is not None:
-            load_checkpoint(self, self.run_dir / "checkpoints" / f"step-{best:06d}")
+        if "rollback" in asked and (best := self._best_checkpoint()) is not None:
+            said = self.guards.alarms  # they belong to the run, not to the state that is put back
+            self._rolled_back_to = load_checkpoint(self, best)
+            self.guards.alarms = said
+            monitor.say(f"training ends with the weights of step {self._rolled_back_to}, the best evaluated")
+        elif asked & {"stop", "rollback"}:
+            monitor.say("training stops" + ("; no evaluated state to roll back to" if "rollback" in asked else ""))
         return bool(asked & {"stop", "rollback"})
 
     def _blank_picture(self, rollout: Rollout, step: int) -> float:
@@ -255,11 +281,10 @@ class PPOTrainer:
             responses, _ = generate(
                 self.policy, blank, 1, config.max_completion_length, config.temperature, config.seed * 1_000_003 + step
             )
-        found = self.reward_funcs(
-            **stages.reward_columns(prompts, stages.decode(self.policy, responses)), ended=responses.ended.tolist()
-        )
-        seen = rollout.scores.view(len(prompts), -1).mean(-1).cpu().numpy()
-        as_good = torch.as_tensor(np.asarray(found.total) >= seen, dtype=torch.float32, device=rollout.scores.device)
+        texts = stages.decode(self.policy, responses)
+        found = self.reward_funcs(**stages.reward_arguments(prompts, texts, responses))
+        seen = rollout.plain.view(len(prompts), -1).mean(-1)
+        as_good = (stages.penalised(found.plain, responses.ended, config) >= seen).float()
         return float(self.accelerator.gather(as_good).mean())
 
     # ---------------------------------------------------------------- rows
@@ -302,7 +327,9 @@ class PPOTrainer:
     def _reward_metrics(
         self, texts: list[str], rows: Sequence[dict[str, Any]], ended: list[bool]
     ) -> dict[str, np.ndarray]:
-        columns = {key: [row.get(key) for row in rows] for key in rows[0]}
+        # The rows come without their pictures, and a reward may look at them.
+        rows = [self.eval_dataset[i] | {"completion_ids": row["completion_ids"]} for i, row in enumerate(rows)]
+        columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(k for row in rows for k in row)}
         prompts = columns.pop("prompt", [""] * len(rows))
         conversational = [not isinstance(p, str) for p in prompts]
         completions = [
@@ -319,17 +346,17 @@ class PPOTrainer:
 
     def _metrics(self, rollout: Rollout, kl: torch.Tensor, losses: dict[str, float]) -> dict[str, float]:
         """The step's numbers: means over the responses of all processes."""
-        mask, length = rollout.responses.mask, rollout.responses.mask.sum(-1).float()
+        length = rollout.responses.mask.sum(-1).float()
         scores = rollout.scores
         per_response = {
-            "reward": scores,
+            "reward": rollout.plain,
             "kl": kl.sum(-1),
             "entropy": rollout.old.entropy.sum(-1) / length.clamp_min(1),
             "response_length": length,
             "ended_fraction": rollout.responses.ended.float(),
         }
         if rollout.keep is not None:
-            per_response["reward"] = scores.where(rollout.keep, torch.nan)
+            per_response["reward"] = rollout.plain.where(rollout.keep, torch.nan)
         per_response |= {f"reward/{name}": part for name, part in rollout.parts.items()}
         health = text_health(rollout.texts)
         per_response |= {name: torch.as_tensor(v, dtype=torch.float32) for name, v in health.items()}
@@ -344,18 +371,19 @@ class PPOTrainer:
         metrics["tokens"] = float(gathered["response_length"].sum())
         if rollout.old.values is not None and self.config.critic != "none":
             metrics["explained_variance"] = float(
-                explained_variance(rollout.old.values, rollout.returns, mask, reduce=self._reduce)
+                explained_variance(rollout.old.values, rollout.returns, rollout.update_mask, reduce=self._reduce)
             )
         return metrics | losses
 
     def _shares(self, rollout: Rollout) -> dict[str, float]:
         """Each part's share in the spread of the total: its standard deviation over the sum of all parts'."""
-        device = rollout.scores.device
+        counted = [part.name for part in self.reward_funcs.parts if part.weight != 0.0]
         spread = {
-            n: float(self.accelerator.gather(v.to(device)).std(unbiased=False)) for n, v in rollout.weighted.items()
+            name: float(self.accelerator.gather(rollout.weighted[name].to(rollout.scores.device)).std(unbiased=False))
+            for name in counted
         }
         whole = sum(spread.values())
-        return {f"share/{name}": value / whole for name, value in spread.items() if whole and value}
+        return {f"share/{name}": value / whole for name, value in spread.items()} if whole else {}
 
     def _reduce_numbers(self, numbers: np.ndarray) -> np.ndarray:
         summed = self.accelerator.reduce(torch.as_tensor(numbers, device=self.accelerator.device), "sum")
@@ -397,6 +425,8 @@ def as_rewards(reward_funcs, weights: list[float] | None):
     from reward_models import WeightedRewards
 
     if isinstance(reward_funcs, WeightedRewards):
+        if weights is not None:
+            raise ValueError("reward_weights belongs to plain functions; WeightedRewards has weights of its own")
         return reward_funcs
     functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     weights = weights if weights is not None else [1.0] * len(functions)
@@ -407,6 +437,24 @@ def as_rewards(reward_funcs, weights: list[float] | None):
         name = getattr(function, "__name__", type(function).__name__)
         names.append(name if name not in names else f"{name}_{len(names)}")
     return WeightedRewards(list(zip(names, functions, weights, strict=True)))
+
+
+class RewardError(RuntimeError):
+    """A reward failed in the middle of a run."""
+
+
+@contextmanager
+def rewards_at(step: int):
+    """Errors of rewards with the step in front; the reward's own error is the cause."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, TypeError) as error:
+        raise RewardError(f"step {step}: {error}") from error
+
+
+def _places(prompts: PromptBatch) -> list[int]:
+    """Where each prompt stands in the order of the whole run, the same however many processes share a step."""
+    return [int(row_id.rpartition("@")[2]) for row_id in prompts.row_ids]
 
 
 def share_backbone(rewards, policy: Policy) -> None:

@@ -16,6 +16,7 @@ squared norm for the i-th: sums over positions, so that a prefix is a partial su
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,15 +28,13 @@ _VERSION = 1
 
 
 class _Products(NamedTuple):
-    """What candidates and references have in common: M matched n-grams, Q pairs of one and a reference that holds it.
+    """What candidates and references have in common at one order: Q pairs of a matched n-gram and a reference with it.
 
-    order (M,): n - 1; at (M,): position; hit (Q,): which of the M; slot (Q,): place in the table of references, see
-    `ReferenceMetric._slots`; value (Q,): what it adds to the product of the vectors, divided by the reference's norm.
+    at (Q,): position of the n-gram; slot (Q,): place in the table of references, see `ReferenceMetric._slots`; value
+    (Q,): what it adds to the product of the vectors, divided by the reference's norm.
     """
 
-    order: np.ndarray
     at: np.ndarray
-    hit: np.ndarray
     slot: np.ndarray
     value: np.ndarray
 
@@ -87,43 +86,43 @@ class _TfIdfCosine(ReferenceMetric):
             squares[n] *= tokens.left > n
         return squares
 
-    def _products(self, tokens: Tokens, picture: np.ndarray, nth: np.ndarray, slots: Slots) -> _Products:
-        found = self._matches(tokens, picture)
-        at = np.concatenate([at for at, _ in found])
-        order = np.repeat(np.arange(self.n), [len(at) for at, _ in found])
-        hit, posting = self._postings(np.concatenate([node for _, node in found]))
-        value = self._weight.data.take(posting)
-        if self.sigma is not None:
-            i = nth.take(order * len(tokens.words) + at)
-            again = np.flatnonzero((i > 1).take(hit))
-            value[again] *= i.take(hit.take(again)) <= self._count.data.take(posting.take(again))
-        slot = self._pool.column.data.take(posting)
-        slot *= slots.length.shape[1]
-        slot += tokens.rows.take(at).take(hit)
-        return _Products(order, at, hit, slot, value)
+    def _products(self, tokens: Tokens, picture: np.ndarray, nth: np.ndarray) -> Iterator[_Products]:
+        """Per order."""
+        for nth_of, (at, node) in zip(nth, self._matches(tokens, picture), strict=True):
+            number, posting = self._postings(node)
+            at = np.repeat(at, number)
+            value = self._weight.data.take(posting)
+            if self.sigma is not None:
+                i = nth_of.take(at)
+                again = np.flatnonzero(i > 1)
+                value[again] *= i.take(again) <= self._count.data.take(posting.take(again))
+            slot = self._pool.column.data.take(posting)
+            slot *= len(picture)
+            slot += tokens.rows.take(at)
+            yield _Products(at, slot, value)
 
     def _scores(self, tokens: Tokens, picture: np.ndarray) -> np.ndarray:
-        rows, slots, nth = len(picture), self._slots(picture), occurrences(tokens, self.n)
-        scale = np.zeros((self.n, rows))
-        for n, squares in enumerate(self._squares(tokens, nth)):
-            scale[n] = np.bincount(tokens.rows, squares, rows)
-        _invert_roots(scale)
-        order, at, hit, slot, value = self._products(tokens, picture, nth, slots)
-        value *= scale.take(order * rows + tokens.rows.take(at)).take(hit)
-        cosines = np.bincount(slot, value, slots.length.size).reshape(slots.length.shape)
+        slots, nth = self._slots(picture), occurrences(tokens, self.n)
+        cosines = np.zeros(slots.length.shape)
+        squares = self._squares(tokens, nth)
+        for n, (_, slot, value) in enumerate(self._products(tokens, picture, nth)):
+            scale = np.zeros(len(picture))
+            scale += np.bincount(tokens.rows, squares[n], len(picture))  # bincount of nothing is integer
+            _invert_roots(scale)
+            cosines += np.bincount(slot, value, slots.length.size).reshape(cosines.shape) * scale
         return self._mean(cosines, tokens.lengths, slots)
 
     def _paths(self, tokens: Tokens, picture: np.ndarray) -> np.ndarray:
         longest, slots, nth = int(tokens.lengths.max()), self._slots(picture), occurrences(tokens, self.n)
-        order, at, hit, slot, value = self._products(tokens, picture, nth, slots)
+        places = tokens.places
         # by the word that completes the n-gram: (words, order, reference, row) and (words, order, row)
         products = np.zeros((longest + 1, self.n, *slots.length.shape))
-        place = tokens.places.take(at) + order + 1
-        products.reshape(-1)[((place * self.n + order) * slots.length.size).take(hit) + slot] = value
         scale = np.zeros((longest + 1, self.n, len(picture)))
-        for n, squares in enumerate(self._squares(tokens, nth)):
+        squares = self._squares(tokens, nth)
+        for n, (at, slot, value) in enumerate(self._products(tokens, picture, nth)):
+            products.reshape(-1)[((places.take(at) + n + 1) * self.n + n) * slots.length.size + slot] = value
             whole = np.flatnonzero(tokens.left > n)
-            scale[tokens.places[whole] + n + 1, n, tokens.rows[whole]] = squares[whole]
+            scale[places[whole] + n + 1, n, tokens.rows[whole]] = squares[n, whole]
         for k in range(2, longest + 1):  # a loop over words, each step wide: numpy's cumsum is slower across an axis
             products[k] += products[k - 1]
             scale[k] += scale[k - 1]
@@ -140,7 +139,7 @@ class _TfIdfCosine(ReferenceMetric):
             delta = np.maximum(lengths - 1, 0)[..., None, :] - np.maximum(slots.length - 1, 0)
             reach = int(np.abs(delta).max()) if delta.size else 0
             cosines = cosines * np.exp(np.arange(reach + 1.0) ** 2 / (-2 * self.sigma**2)).take(np.abs(delta))
-        total = cosines[..., 0, :].astype(np.float64)  # bincount of nothing is integer
+        total = cosines[..., 0, :].copy()
         for column in range(1, cosines.shape[-2]):  # in turn: np.sum's order depends on the shape of the batch
             total += cosines[..., column, :]
         return 10.0 * total / (self.n * slots.size)

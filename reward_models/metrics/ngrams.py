@@ -140,13 +140,16 @@ class Trie:
         return False
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Nodes of the keys, -1 where there is none."""
+        """Nodes of the keys, int64, -1 where there is none."""
         known = self.keys.data
-        node = self._table.take(self._slot(keys, _MULTIPLIERS[0]))
-        missed = np.flatnonzero(known.take(node) != keys)
+        node = self._table.take(self._slot(keys, _MULTIPLIERS[0])).astype(np.int64)
+        wrong = known.take(node) != keys
+        # no slot is ever emptied again, so a key whose first place is free is not in its second place either
+        missed = np.flatnonzero(wrong & (node > 0))
+        node = np.where(wrong, -1, node)
         if len(missed):
-            keys = keys[missed]
-            second = self._table.take(self._slot(keys, _MULTIPLIERS[1]))
+            keys = keys.take(missed)
+            second = self._table.take(self._slot(keys, _MULTIPLIERS[1])).astype(np.int64)
             node[missed] = np.where(known.take(second) == keys, second, -1)
         return node
 
@@ -273,16 +276,18 @@ class DocumentFrequencies:
 
     @cached_property
     def _weights(self) -> np.ndarray:
-        return np.log(float(self.documents)) - np.log(self.counts)
+        """idf of an n-gram that 0, 1, 2, ... documents have."""
+        counts = np.arange(int(self.counts.max()) + 1)
+        return np.log(float(self.documents)) - np.log(np.maximum(counts, 1))
 
     def idf(self, tokens: Tokens, order: int) -> np.ndarray:
         """(order, T) float64: log(documents) - log(max(1, df)) of the n-gram starting at each position."""
         out = np.full((order, len(tokens.words)), np.log(float(self.documents)))
         at = np.flatnonzero(tokens.words < len(self.words))
         node = tokens.words.take(at) + 1  # the first nodes are the words, in order
-        out[0][at] = self._weights.take(node)
+        out[0][at] = self._weights.take(self.counts.take(node))
         for n, (found, nodes) in enumerate(self._trie.descend(tokens, at, node, 2, order), 1):
-            out[n][found] = self._weights.take(nodes)
+            out[n][found] = self._weights.take(self.counts.take(nodes))
         return out
 
     def _header(self) -> str:

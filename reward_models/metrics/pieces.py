@@ -9,6 +9,9 @@ Looking at every prefix is quadratic. But `simple` and `whitespace` never look a
 chunks, from one blank to the next, that can be treated alone; most chunks are a single piece, and chunks come back, so
 what was found is remembered. A tokeniser that may look across blanks (`ptb` does, after abbreviations) is compared
 with the words of the whole text, row by row, and where they differ every prefix is tokenised after all.
+
+Whole texts need no pieces: their chunks are read as bytes, sixteen at a time, so that in a batch of words that were
+seen before no word is made a string of Python at all.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ from itertools import accumulate, chain, repeat
 
 import numpy as np
 
-from reward_models.metrics.ngrams import Growing, Tokens, lay_out, spread
+from reward_models.metrics.ngrams import Growing, Tokens, Trie, lay_out, spread
 from reward_models.metrics.text import EOS, tokenizer_named
 
 _SEPARABLE = ("simple", "whitespace")  # tokenize(a + " " + b) == tokenize(a) + tokenize(b) for all a, b
+_MASK = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # the first `size` bytes of 8
+_LONG = np.uint64(1 << 8)  # a second byte without a first
+_MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
 _OPENS, _CLOSES, _EMPTY = 1, 2, 4  # a piece begins with a blank; ends with one; is ""
 
 
@@ -60,6 +66,60 @@ def completed(tokenize: Callable[[str], list[str]], pieces: Sequence[str]) -> tu
     return words, ends[::-1]
 
 
+def cut(text: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut at blanks: where each chunk stops, and its bytes 0 to 7 and 8 to 15 as two numbers.
+
+    Bytes are taken XOR a blank, so that what is filled up with 0 cannot be mistaken for a byte of the chunk. Of a
+    chunk that is longer than 16 bytes high is `_LONG`, which no bytes give.
+    """
+    flipped = np.frombuffer(text + b" " * 17, np.uint8) ^ np.uint8(ord(" "))
+    stop = np.flatnonzero(flipped[: len(text) + 1] == 0)
+    length = np.diff(stop, prepend=-1) - 1
+    begin = stop - length
+    words = np.ndarray(len(flipped) - 7, "<u8", flipped.data, strides=(1,))  # the 8 bytes from each place on
+    low = words.take(begin) & _MASK.take(np.minimum(length, 8))
+    high = words.take(np.minimum(begin + 8, len(words) - 1)) & _MASK.take(np.clip(length - 8, 0, 8))
+    high[length > 16] = _LONG
+    return stop, low, high
+
+
+class ShortChunks:
+    """Entries of chunks of up to 16 bytes, for all chunks of a batch at once; -1 for the others.
+
+    A chunk is looked up by a number mixed from its bytes, and the bytes are compared, so the answers are exact.
+    """
+
+    def __init__(self) -> None:
+        self._trie = Trie()
+        self._low, self._high = Growing(np.uint64), Growing(np.uint64)  # per node, to compare
+        self._entry = Growing(np.int64)
+        for column in (self._low, self._high, self._entry):
+            column.append(np.zeros(1, column.data.dtype))  # node 0 is none
+
+    def find(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        node = self._trie.find(_mixed(low, high))
+        same = (self._low.data.take(node) == low) & (self._high.data.take(node) == high) & (node >= 0)
+        return np.where(same, self._entry.data.take(node), -1)
+
+    def remember(self, low: np.ndarray, high: np.ndarray, entry: np.ndarray) -> None:
+        """Add chunks that `find` did not find. Of two that mix to the same key only one is kept."""
+        keys, first = np.unique(_mixed(low, high), return_index=True)
+        first = first[(self._trie.find(keys) < 0) & (high.take(first) != _LONG)]
+        self._trie.append(_mixed(low.take(first), high.take(first)))
+        self._low.append(low.take(first))
+        self._high.append(high.take(first))
+        self._entry.append(entry.take(first))
+
+
+def _mixed(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """One number of 63 bits per chunk."""
+    mixed = high * _MULTIPLIER
+    mixed ^= mixed >> np.uint64(29)
+    mixed += low * _MULTIPLIER
+    mixed >>= np.uint64(1)
+    return mixed.view(np.int64)
+
+
 class Reader:
     """Words of texts and of pieces as ids, for one tokeniser.
 
@@ -72,6 +132,7 @@ class Reader:
         self._tokenize = tokenizer_named(tokenizer)
         self._separable = tokenizer in _SEPARABLE
         self._number: dict[str | tuple[str, ...], int] = {}  # a chunk or piece, or the pieces of a chunk -> its entry
+        self._short = ShortChunks()
         self._kind = Growing(np.int64)  # per entry
         self._size = Growing(np.int64)  # number of its words
         self._first = Growing(np.int64)  # where its part of the next two begins
@@ -84,19 +145,33 @@ class Reader:
 
     def texts(self, texts: Sequence[str], ended: Sequence[bool] | None) -> Tokens:
         """Tokens of N texts. ended (N,): put an end token behind those that ended and have words (None: nowhere)."""
-        if self._separable:
-            parts = list(map(str.split, texts))
-            entry = self._entries(list(chain.from_iterable(parts)))
+        if self._separable and texts:
+            entry, chunks = self._cut(texts)
             count = self._size.data.take(entry)
             words = self._word.data.take(spread(self._first.data.take(entry), count))
-            row = np.repeat(np.arange(len(parts)), np.fromiter(map(len, parts), np.int64, len(parts)))
-            lengths = np.bincount(row, count, len(parts)).astype(np.int64)
+            lengths = np.add.reduceat(count, np.cumsum(chunks) - chunks)
         else:
             parts = list(map(self._tokenize, texts))
             words = self._ids(list(chain.from_iterable(parts)))
             lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         words, lengths, _ = self._with_ends(words, lengths, ended)
         return lay_out(words, lengths)
+
+    def _cut(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Entries of all that stands between blanks (U+0020), "" included, and their number per text, at least 1."""
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        text = b" ".join(encoded)
+        stop, low, high = cut(text)
+        last = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1) - 1  # the blank behind each text
+        chunks = np.diff(np.searchsorted(stop, last), prepend=-1)
+        entry = self._short.find(low, high)
+        missed = np.flatnonzero(entry < 0)
+        if len(missed):
+            begin = np.append(0, stop[:-1] + 1).take(missed)
+            found = [text[i:j].decode("utf-8", "surrogatepass") for i, j in zip(begin, stop.take(missed))]
+            entry[missed] = self._entries(found)
+            self._short.remember(low.take(missed), high.take(missed), entry.take(missed))
+        return entry, chunks
 
     def pieces(
         self, pieces: Sequence[Sequence[str]], texts: list[str], ended: Sequence[bool] | None

@@ -1,14 +1,14 @@
 """The tokeniser of the COCO caption metrics in plain Python: Penn Treebank tokens, lower case, no punctuation.
 
 `ptb` gives the tokens that `pycocoevalcap`'s ``PTBTokenizer`` gives, which starts Java for them (Stanford CoreNLP
-3.4.1, ``PTBTokenizer -preserveLines -lowerCase``, then fifteen punctuation tokens left out). It was written from what
-is known of that lexer and its answers to probes; ``benchmarks/tokenizer_parity.py`` compares the two, and
-docs/rewards/tokenizers.md lists where they differ.
+3.4.1, ``PTBTokenizer -preserveLines -lowerCase``, then fifteen punctuation tokens left out). The rules describe the
+answers of that program to generated probes, and no more; ``benchmarks/tokenizer_parity.py`` compares the two, and
+docs/rewards/tokenizers.md says what was probed and where they differ.
 
-How: at every place the rule with the longest match wins, an earlier rule on a tie. What a rule reads after its token
-(group 1) counts towards its length but is read again. Rules see a copy of the text in which every character above
-ASCII stands for its class, so that they stay small. A blank ends a token except between digits, after a numeric
-abbreviation (``no. 5``) and in markup, so that words are tokenised on their own and kept.
+How: at every place the rule that reads furthest wins, an earlier rule on a tie. A rule may read beyond its token; what
+it read counts, and is read again. Rules see a copy of the text in which every character above ASCII stands for its
+class, so that they stay small. A blank ends a token except between digits, after a numeric abbreviation (``no. 5``)
+and in markup, so that words are tokenised on their own and kept.
 
 A caption is one text: where the Java tool takes a carriage return, form feed or U+2028 for the end of a row (and
 shifts all rows behind it), this is a blank.
@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable
 from functools import cache, lru_cache
+
+from reward_models.metrics.ptb_rules import DIGIT, LETTER, MARK, QUOTES, RAISED, STARTS, starting
 
 # What the Java tool does with characters above ASCII, found by trying each; all others vanish and end a token.
 _LETTERS = """
@@ -62,9 +63,7 @@ _ZEROS = """
     1c50 a620 a8d0 a900 a9d0 aa50 abf0 ff10
 """  # the zero of each script's ten digits
 
-# One stand-in per class; characters with a part of their own in a rule stand for themselves.
-_LETTER, _MARK, _DIGIT, _SYMBOL, _RAISED, _GONE = "\xe9\u0300\u0660\xa7\xb2\0"
-_QUOTES = r"'`\x91-\x94\xab\xbb\u2018-\u201f\u2039\u203a"
+_SYMBOL, _GONE = "\xa7\0"  # stand-ins of the classes no rule speaks of
 _THEMSELVES = "\xa0\xad\u058a\u066b\u066c\u2010\u2011\u2044\u3000\u3001"
 _THEMSELVES += "".join(map(chr, range(0x2000, 0x200B)))
 _RAISED_DIGITS = "\xb2\xb3\xb9\u2070\u2074-\u2079\u2080-\u2089"
@@ -80,134 +79,8 @@ _QUOTED |= dict.fromkeys(map(ord, "\x93\xab\u201c"), "``") | dict.fromkeys(map(o
 _QUOTE_CHARACTERS = "'`\u201a\u201e\u201f" + "".join(map(chr, _QUOTED))
 _DROPPED = {"'", "''", "`", "``", '"', ".", "?", "!", ",", ":", "-", ";", "\x85", "\u2026"}
 _DROPPED |= {"...", "....", "--", "---", "----", "\x96", "\x97", "\u2013", "\u2014", "\u2015"}
+_DROPPED |= {"\u058a", "\u2010", "\u2011"}  # hyphens between no letters
 _DROPPED |= {"&apos;", "&quot;", ""}
-
-# Abbreviations. The first two may end a sentence, the next two not; the second of each pair wants a capital.
-_ENDING = """
-    al ala apr ariz assn aug bancorp bhd bldg blvd bros calif co colo conn corp cos ct dak dec esq est etc ext feb fla
-    fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla penn plc pte
-    ppte pptes ppty pptys ptes pty ptys rd rt sep sept seq sq sr sys tel tenn thu thurs tue tues univ va vt wed wis
-    wisc wyo
-"""
-_ENDING_CAPITAL = "ark az del ill la mass miss ore pa tex wash"
-_TITLES = """
-    adj adm adv alex assoc asst atty attys ave brig capt cf cie cmdr col comdr cpl dept det dr drs elec ens ft gen gov
-    govs hon insp invt jos lieut lt maj messrs mfg mlle mme mr mrs ms msgr mt mtg natl pfc ph pres prof profs pvt rep
-    reps rev sen sens sfc sgt spc st ste supt supts treas vs wm
-"""
-_NEVER_CAPITALS = {"mfg", "mtg", "ppte", "pptes", "ppty", "pptys", "pte", "ptes", "pty", "ptys"}
-_NUMERIC = "art ca fig figs no nos op pp prop"  # before a number only
-_STARTS = """
-    A About According After An As At But He Her Here However If In It Last Many More Now Once One Other Our She Since So
-    Some Such That The Their Then There These They This We What When While Yet You
-"""  # a single letter before one of these is no abbreviation (``plan b. The``)
-_FILES = """
-    bat bmp c cgi class cpp dll doc docx exe gif gz h htm html jar java jpeg jpg mov mp3 pdf php pl png ppt ps py sql
-    tar txt wav x xml zip
-"""
-
-
-def _spellings(words: str, capital: str = "") -> str:
-    """An alternation of abbreviations as written: small, Capitalised, CAPITALS."""
-    small = words.split()
-    out = {*small, *map(str.capitalize, small), *(w.upper() for w in small if w not in _NEVER_CAPITALS)}
-    out |= {form for w in capital.split() for form in (w.capitalize(), w.upper())}
-    return "|".join(sorted(out, key=lambda w: (-len(w), w)))
-
-
-def _patterns() -> list[tuple[str, str]]:
-    """The rules: what a match can start with, and the pattern; ASCII letters match in both cases but for `(?-i:`."""
-    letter = rf"(?:[a-z{_LETTER}{_MARK}\xad]|&[aeiou](?:acute|grave|uml);)"
-    digit = rf"[0-9{_DIGIT}]"
-    inner = rf"(?:[a-z0-9{_LETTER}{_MARK}{_DIGIT}\xad]|&[aeiou](?:acute|grave|uml);)"
-    alnum = rf"[a-z0-9{_LETTER}{_DIGIT}\xad]"
-    word = rf"{letter}{inner}*+(?:[.!?]{letter}{inner}*+)*+"
-    apostrophe, any_apostrophe = r"(?:['\x92\u2019]|&apos;)", r"(?:['`\x91\x92\u2018\u2019]|&apos;)"
-    label = r"""[^][ \t\n"`'<>|.!?(){},\xa0_$@=/:;\\0-9-][^][ \t\n"`'<>|.!?(){},\xa0_$@=/:;\\-]{0,99}+"""
-    particle = rf"(?:[dol]{any_apostrophe}(?={alnum}{{2}}))?"  # d'Artagnan, l'eau, o'clock
-    hyphened = (
-        rf"{particle}{alnum}++(?:[-\u058a\u2010\u2011]{particle}{alnum}++|_{particle}{alnum}++)*+"  # 2nd, t-shirt, a_b
-    )
-    dotted = r"[a-z0-9][a-z0-9.,\xad]{0,999}+(?:-(?:[a-z](?:\.[a-z])+\.|[a-z0-9\xad]+))+"  # 5.5-inch
-    joined = r"(?-i:[A-Z]++(?:(?:[+&]|&amp;)[A-Z]++)++)"  # R&D
-    blank = r"[ \t\xa0\u2000-\u200a\u3000]"
-    area, name = r"[0-9]{2,4}[- \xa0]", "[a-z][a-z0-9_:.-]*+"
-    tag = rf"<(?:[!?][a-z-][^>\n]*+|/?{name}(?: +{name}(?:\s*=\s*(?:\"[^\n\"]*\"|'[^\n']*'))?)*\s*/? *)>"
-    starts = "|".join(form for word in _STARTS.split() for form in (word, word.upper()))
-    host, end = r"""[^ \t\n"<>|.!?(){},\xa0]""", r"""[^ \t\n"<>|.!?(){},\xa0-]"""
-    path, mail = r"""[^ \t\n"<>|()\xa0]""", r"""[^ \t\n"<>|(){}\xa0]"""
-    letters, alnums = rf"a-z&\xad{_LETTER}{_MARK}", rf"a-z0-9\xad{_LETTER}{_DIGIT}"
-    inners, numbers, quotes = letters + rf"0-9{_DIGIT}", rf"0-9{_DIGIT}", r"'\x92\u2019&"
-    return [
-        ("c", "(can)not"),
-        ("glw", "(gon)na|(got)ta|(lem)me|(gim)me|(wan)na"),
-        ("'", "('t)is|('t)was"),
-        ("a-z", rf"(?-i:{_spellings(_ENDING, _ENDING_CAPITAL)}|{_spellings(_TITLES)})\."),
-        (letters, word),
-        ("a-z", rf"((?:(?-i:{_spellings(_ENDING, _ENDING_CAPITAL)})|ph\.d)\.)(?s:..)"),
-        (r"a-z\xad", rf"([a-z\xad]*[a-mo-z]\xad*)n(?:{apostrophe}|`)t"),  # do|n't
-        ("o", r"o['`\x92\u2019]o"),
-        ("n", rf"n(?:{apostrophe}|`)t"),
-        (letters, rf"({word}){apostrophe}(?:[msd]|re|ve|ll)(?![a-z])"),
-        (quotes, rf"({apostrophe}(?:[msd]|re|ve|ll))[^a-z]"),
-        (
-            quotes + "ldjo",
-            rf"{apostrophe}n{apostrophe}?|[ldj]{apostrophe}|{apostrophe}(?:em|till?|cause)|ol{apostrophe}",
-        ),
-        ("y", rf"(y{apostrophe})[a-z]"),
-        ("a-z", rf"[dlon]{any_apostrophe}[a-z{_LETTER}]{{2,}}|(?-i:[A-HJ-XZ]){any_apostrophe}[a-z{_LETTER}]{{2,}}"),
-        (alnums, rf"[a-z{_LETTER}]++(?<=[a-z{_LETTER}][aeiouy]){any_apostrophe}(?-i:[aeiouA-Z])[a-z{_LETTER}]*"),
-        ("mcone", rf"(?:ma{apostrophe}am|cap{apostrophe}n|(?:o|n?e){apostrophe}er|c{apostrophe}est)"),
-        (quotes, rf"{apostrophe}[2-9]0s"),
-        (quotes, rf"({apostrophe}[0-9]{{2}})[ \t\n]"),
-        (
-            numbers + "+.:,\xad\u066b\u066c-",
-            rf"[-+]?(?:{digit}++(?:[.:,\xad\u066b\u066c]{digit}++)*+|(?:[.:,\xad\u066b\u066c]{digit}++)++)",
-        ),
-        ("(+0-9", rf"(?:\([0-9]{{2,3}}\)[ \xa0]?|(?:\+\+?)?(?:{area})?{area})[0-9]{{3,4}}[- \xa0]?[0-9]{{3,5}}"),
-        ("+0-9", r"(?:\+\+?)?[0-9]{2,4}\.[0-9]{2,4}\.[0-9]{2,4}(?:\.[0-9]{3,5})?"),
-        ("0-9", r"[0-9]{1,2}[-/][0-9]{1,2}[-/][0-9]{2,4}"),
-        ("0-9", r"(?:[0-9]{1,4}[- \xa0])?[0-9]{1,4}(?:\\?/|\u2044)[0-9]{1,4}"),
-        (alnums, hyphened),
-        ("a-z0-9", dotted),
-        ("a-z", joined),
-        ("a-z0-9", r"[a-z0-9]++(?:-[a-z]++){0,2}(?:\\?/[a-z0-9]++(?:-[a-z]++){0,2}){1,2}"),
-        ("a-z", r"[a-z](?:\.[a-z])*\."),
-        ("a-z", rf"([a-z])\.[ \t]+(?:(?-i:{starts})[ \t\n]|{tag})"),
-        (alnums, rf"({inner}++(?:\.{inner}++)*\.(?:{'|'.join(_FILES.split())}))[\s.!?,]"),
-        (inners, rf"((?:{word}|{hyphened}|{dotted}|{joined})\.)[,;:\u3001]"),
-        ("acfnop", rf"((?:{'|'.join(_NUMERIC.split())})\.){blank}?{digit}"),
-        ("@#", rf"@[a-z_][a-z_0-9]*+|#[a-z{_LETTER}]++"),
-        ("<a-z0-9", rf"<?[a-z0-9]{mail}{{0,999}}@(?:[^ \t\n\"<>|().\xa0{{}}]++\.)*[^ \t\n\"<>|(){{}}.\xa0]++>?"),
-        ("h", rf"https?://{path}+{end}"),
-        ("w", rf"www\.(?:{host}{{1,99}}+\.){{1,20}}?[a-z]{{2,4}}/{path}+{end}"),
-        ("^ ", rf"(?:{label}\.){{1,20}}?(?-i:com|net|org|edu)/{path}+{end}"),
-        ("w", rf"www\.(?:{host}{{1,99}}+\.){{1,20}}[a-z]{{2,4}}"),
-        ("^ ", rf"(?:{label}\.){{1,20}}(?-i:com|net|org|edu)"),
-        ("<", tag),
-        ("'`", r"(['`])[a-z][^ \t\n]"),
-        (r"\x92\u2019&", r"(?:[\x92\u2019]|&apos;)(?:[msd]|re|ve|ll)"),
-        (r".!?@#<>*\\_-", r"\.{3,4}|-{5,}+|-{2,4}|[!?]++|@++|#++|<<|>>|\*++|\\\*|_++"),
-        (_RAISED, rf"{_RAISED}++"),
-        (_QUOTES, f"'{{1,2}}|[{_QUOTES[1:]}]{{1,2}}"),
-        ("&", r"&(?:(?-i:HT|TL|UR|LR|QC|QL|QR|odq|cdq)|#[0-9]+|amp|lt|gt|nbsp|quot|apos|mdash|md);"),
-        ("a-z$", r"c\+\+|[cf]#|(?-i:[A-Z]*+\$)"),
-        ("<>:;=", r"((?-i:[<>]?[:;=]['*o-]?[()\[\]DPdpO\\{@|]))[^a-z0-9]"),
-        ("'^x=~<>(-", r"(?-i:['^x=~<>-]_['^x=~<>-]|\(['^x=~<>-][_.]?['^x=~<>-]\)|\(['^x=~<>]-['^x=~<>`]\))"),
-    ]
-
-
-@cache
-def _rules() -> list[tuple[re.Pattern[str], re.Pattern[str]]]:
-    """The rules compiled, at first use."""
-    flags = re.IGNORECASE | re.ASCII
-    return [(re.compile(f"[{first}]", flags), re.compile(pattern, flags)) for first, pattern in _patterns()]
-
-
-@cache
-def _starting(first: str) -> list[Callable[[str, int], re.Match[str] | None]]:
-    """The rules whose match can start with this character of a shape, in order."""
-    return [rule.match for start, rule in _rules() if start.match(first)]
 
 
 class _Shapes(dict[int, str]):
@@ -215,10 +88,10 @@ class _Shapes(dict[int, str]):
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
-        if code < 128 or char in _THEMSELVES or re.match(f"[{_QUOTES}]", char):
+        if code < 128 or char in _THEMSELVES or re.match(f"[{QUOTES}]", char):
             out = char
         elif re.match(f"[{_RAISED_DIGITS}]", char):
-            out = _RAISED
+            out = RAISED
         else:
             inside = [s for s, ranges in _classes().items() if bisect_right(ranges, code) % 2]
             out = inside[0] if inside else _GONE
@@ -229,8 +102,8 @@ class _Shapes(dict[int, str]):
 @cache
 def _classes() -> dict[str, list[int]]:
     """Per stand-in the code points where its ranges begin and (exclusive) end, in turn, ascending."""
-    out = {_DIGIT: [edge for zero in _ZEROS.split() for edge in (int(zero, 16), int(zero, 16) + 10)]}
-    for stand_in, table in ((_LETTER, _LETTERS), (_MARK, _MARKS), (_SYMBOL, _SYMBOLS)):
+    out = {DIGIT: [edge for zero in _ZEROS.split() for edge in (int(zero, 16), int(zero, 16) + 10)]}
+    for stand_in, table in ((LETTER, _LETTERS), (MARK, _MARKS), (_SYMBOL, _SYMBOLS)):
         pairs = [item.partition("-") for item in table.split()]
         out[stand_in] = [edge for low, _, high in pairs for edge in (int(low, 16), int(high or low, 16) + 1)]
     return out
@@ -250,7 +123,7 @@ _SHAPES, _WORDS = _Shapes(), _Words()
 _ROWS = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
 _HAS_DIGIT = re.compile(r"\d")
 _BREAK = re.compile(r"(?<![\d).]) | (?!\d)")  # a blank that no rule but markup reads across
-_START = re.compile(rf"\b[A-Za-z]\. +(?:{'|'.join(_STARTS.split())})\b", re.IGNORECASE)
+_START = re.compile(rf"\b[A-Za-z]\. +(?:{'|'.join(STARTS.split())})\b", re.IGNORECASE)
 _CONTRACTION = re.compile(r"(n?)(?:[\x92\u2019]|(?-i:&apos;))([msdt]|re|ve|ll)", re.IGNORECASE)
 
 
@@ -284,11 +157,11 @@ def _scan(text: str) -> list[str]:
         if first <= " " or first == "\x7f":  # blank, control character or a character that vanishes
             at += 1
             continue
-        longest, end = at + 1, at + 1
-        for match in _starting(first):
-            found = match(shape, at)
-            if found and found.end() > longest:
-                longest, end = found.end(), found.end(found.lastindex or 0)
+        furthest, end = at + 1, at + 1
+        for rule in starting(first):
+            reading = rule(shape, at)
+            if reading and reading[0] > furthest:
+                furthest, end = reading
         end = min(end, length)
         out += _written(text[at:end]).split()
         at = end

@@ -79,6 +79,7 @@ class ReferenceMetric:
     __name__: str
     n: int
     eos: bool
+    _scores_by_word = False  # whether `_scores`, as `_paths` does, makes a table of words x references x rows
 
     def _set_up(self, tokenizer: str, known: Mapping[str, int], cache_size: int) -> None:
         """known: words with ids of their own, before any text is seen."""
@@ -165,7 +166,7 @@ class ReferenceMetric:
         lengths = tokens.lengths
         start = np.cumsum(lengths + 1) - lengths - 1
         potential = np.zeros(int(start[-1] + lengths[-1] + 1))  # per row: scores of its first 0, 1, ... words
-        for rows, block in self._blocks(tokens, picture):
+        for rows, block in self._blocks(tokens, picture, True):
             words = lengths[rows] + 1
             own = np.repeat(np.arange(len(rows)), words)
             paths = self._paths(block, picture[rows])
@@ -200,15 +201,18 @@ class ReferenceMetric:
             return
         picture = self._pictures(references)
         tokens = self._reader.texts(texts, ended if self.eos else None)
-        for rows, block in self._blocks(tokens, picture):
+        for rows, block in self._blocks(tokens, picture, self._scores_by_word):
             yield rows, block, picture[rows]
         self._tidy()
 
-    def _blocks(self, tokens: Tokens, picture: np.ndarray) -> Iterator[tuple[np.ndarray, Tokens]]:
-        """Rows in blocks of like size, so that a table of words x references has at most about _CELLS cells."""
+    def _blocks(self, tokens: Tokens, picture: np.ndarray, by_word: bool) -> Iterator[tuple[np.ndarray, Tokens]]:
+        """Rows in blocks of like size, so that a table of words x references has at most about _CELLS cells.
+
+        by_word: the table is as wide as the longest row; otherwise a row takes the room of its own words only.
+        """
         sizes = self._pool.size.data[picture]
         widths = np.maximum(tokens.lengths, 1)
-        if len(sizes) * int(sizes.max()) * int(widths.max()) <= _CELLS:
+        if (len(sizes) * int(widths.max()) if by_word else int(widths.sum())) * int(sizes.max()) <= _CELLS:
             yield np.arange(len(sizes)), tokens
             return
         order = np.lexsort((widths, sizes))
@@ -234,10 +238,10 @@ class ReferenceMetric:
         return list(self._pool.trie.descend(tokens, np.arange(len(tokens.words)), roots, 1, self.n))
 
     def _postings(self, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """All postings of the nodes: which of the nodes each belongs to, and its number."""
+        """How many postings each of the nodes has, and the numbers of all, laid end to end."""
         first = self._pool.first.data.take(node)
         number = self._pool.first.data.take(node + 1) - first
-        return np.repeat(np.arange(len(node)), number), spread(first, number)
+        return number, spread(first, number)
 
     def _pictures(self, references: list[tuple[str, ...]]) -> np.ndarray:
         """(N,) numbers in the pool of the reference sets; those not there are added, all in one go."""

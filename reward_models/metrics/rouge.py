@@ -32,6 +32,7 @@ class RougeL(ReferenceMetric):
 
     __name__ = "rouge_l"
     n = 1  # only words are looked up
+    _scores_by_word = True
 
     def __init__(
         self, *, beta: float = 1.2, eos: bool = False, tokenizer: str = "simple", cache_size: int = 8192
@@ -89,10 +90,11 @@ class RougeL(ReferenceMetric):
     def _subsequences(self, tokens: Tokens, picture: np.ndarray, slots: Slots):
         """Yields for the first 0, 1, 2, ... words the LCS with each reference, (R, N) int64 (of its first 64 words)."""
         ((at, node),) = self._matches(tokens, picture)
-        hit, posting = self._postings(node)
+        number, posting = self._postings(node)
+        at = np.repeat(at, number)
         masks = np.zeros((int(tokens.lengths.max()), *slots.length.shape), np.uint64)
-        slot = self._pool.column.data.take(posting) * len(picture) + tokens.rows.take(at).take(hit)
-        masks.reshape(-1)[tokens.places.take(at).take(hit) * slots.length.size + slot] = self._mask.data.take(posting)
+        slot = self._pool.column.data.take(posting) * len(picture) + tokens.rows.take(at)
+        masks.reshape(-1)[tokens.places.take(at) * slots.length.size + slot] = self._mask.data.take(posting)
         v = np.full(slots.length.shape, ~np.uint64(0))
         yield np.zeros(v.shape, np.int64)
         for mask in masks:

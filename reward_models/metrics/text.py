@@ -21,7 +21,10 @@ import re
 import unicodedata
 from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import chain
+from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from reward_models.metrics.ptb import ptb
 
@@ -81,6 +84,35 @@ def tokenizer_named(name: str) -> Callable[[str], list[str]]:
     return TOKENIZERS[name]
 
 
+def flag(name: str, option: str, value: Any) -> bool:
+    """An option that is true or false; ValueError for anything else, for `bool("no")` is True."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(
+            f"{name}: {option} must be true or false, got {value!r} (in YAML 1.2 yes, no, on and off are text)"
+        )
+    return bool(value)
+
+
+def whole(name: str, option: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """An option that is a whole number within limits; ValueError for anything else, True and 2.0 included."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}: {option} must be a whole number {limits}, got {value!r}")
+    return int(value)
+
+
+def real(name: str, option: str, value: Any) -> float:
+    """An option that is a number; ValueError for text, flags and NaN. Infinity is let through."""
+    if not isinstance(value, Real) or isinstance(value, bool) or value != value:
+        raise ValueError(f"{name}: {option} must be a number, got {value!r}")
+    return float(value)
+
+
+def row_name(name: str, i: int, ids: Sequence[Any] | None = None) -> str:
+    """How an error names row i of reward `name`: by its place, and by its id where there is one."""
+    return f"{name}: row {i}" if ids is None or i >= len(ids) else f"{name}: row {i} (id {ids[i]!r})"
+
+
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
     """The plain text of a TRL completion: a string, or chat messages whose last one is read.
 
@@ -121,13 +153,16 @@ def check_rows(
     tuples: list[tuple[str, ...]]
     if _STRING >= set(map(type, candidates)) and _LISTS >= set(map(type, references)):  # the usual case, fast
         tuples = list(map(tuple, references))
-        new = tuples if not known else [refs for refs in tuples if refs not in known]
+        try:
+            new = tuples if not known else [refs for refs in tuples if refs not in known]
+        except TypeError:  # a reference that cannot be hashed is no string: named below
+            new = [()]
         if all(new) and _STRING >= set(map(type, chain.from_iterable(new))):
             return list(candidates), tuples, flags
 
     texts, tuples = [], []
     for i, (candidate, refs) in enumerate(zip(candidates, references, strict=True)):
-        where = f"{name}: row {i}" if ids is None or i >= len(ids) else f"{name}: row {i} (id {ids[i]!r})"
+        where = row_name(name, i, ids)
         try:
             texts.append(completion_text(candidate))
         except (TypeError, KeyError, AttributeError) as error:

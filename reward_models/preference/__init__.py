@@ -15,6 +15,7 @@ from reward_models.preference.pairs import Pair, Rating, open_picture
 
 _HOMES = {
     "PreferenceReward": "reward",
+    "backbone_name": "folder",
     "train_preference": "training",
     "bradley_terry_loss": "training",
     "FUSIONS": "fusion",

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import warnings
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,31 +20,78 @@ if TYPE_CHECKING:
 
     from reward_models.preference.fusion import PreferenceHead
 
-FORMAT = 1
+FORMAT = 2  # 1: a fingerprint that saw sixteen tensors
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
+def check_folder(folder: Path) -> None:
+    """Whether a head may be saved here: in a folder that is new or empty, or in the place of an earlier head.
+
+    Raises:
+        ValueError: the folder holds something else, such as a training run, whose files would be lost.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; expected a folder for the preference head")
+    held = sorted(path.name for path in folder.glob("[!.]*"))
+    if not held:
+        return
+    if not (folder / "preference.json").is_file():
+        raise ValueError(
+            f"{folder} holds other files ({', '.join(held[:4])}{' ...' if len(held) > 4 else ''}) and no "
+            "preference.json; expected a new or empty folder for the preference head, or one with an earlier head"
+        )
+    own = _read(folder / "preference.json").get("files", {})
+    for path in _kept(folder):
+        name = path.relative_to(folder).as_posix()
+        if own.get(name) != _sha256(path):
+            raise ValueError(
+                f"{path} is not a file of the preference head in {folder} and would be lost; expected a new or empty "
+                "folder, or one with an earlier head as it was saved"
+            )
+
+
 def save_folder(folder: Path, facts: dict[str, Any], head: PreferenceHead, adapted: nn.Module | None) -> None:
-    """Writes the folder; files of an earlier head in it are replaced.
+    """Writes the folder; files of an earlier head in it are replaced, no other file is deleted.
 
     Args:
         facts: everything `preference.json` says beyond format, versions and hashes.
         adapted: the `PeftModel` whose adapter belongs to the head.
+
+    Raises:
+        ValueError: see `check_folder`.
     """
     from safetensors.torch import save_file
 
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    for path in _kept(folder):
+        path.unlink()
     save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, folder / "head.safetensors")
     if adapted is not None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*Could not find a config file.*")
-            adapted.save_pretrained(folder / "adapter")  # type: ignore[operator]
+        model: Any = adapted
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = facts["backbone"]["name"]  # PEFT's own would be where it lay here
+        # "auto" would ask the Hub for the base model, to compare vocabularies; the embeddings are never trained.
+        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the card stands above
+    else:
+        with suppress(OSError):  # there is none, or something else lives in it
+            (folder / "adapter").rmdir()
     facts = {"format": FORMAT, **facts, "versions": _versions(), "files": _hashes(folder)}
     facts["identity"] = _identity(facts)
     (folder / "preference.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(facts), encoding="utf-8")
+
+
+def backbone_name(folder: str | Path) -> str:
+    """The backbone's name as the head in `folder` was trained with: a hub id, a folder, or a name of its trainer's own.
+
+    Who knows such names looks this one up and gives the reward where it is, as option `backbone`.
+
+    Raises:
+        ValueError: no preference head of this format is there.
+    """
+    return _described(Path(folder))["backbone"]["name"]
 
 
 def load_facts(folder: Path) -> dict[str, Any]:
@@ -54,19 +100,7 @@ def load_facts(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: no such folder, a file missing or altered, or a format of another version.
     """
-    path = folder / "preference.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} holds no preference head: {path.name} is missing; expected what train_preference saves"
-        )
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); take the folder from its source again") from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: format {facts.get('format') if isinstance(facts, dict) else None!r}, expected {FORMAT}"
-        )
+    facts, path = _described(folder), folder / "preference.json"
     if facts.get("identity") != _identity(facts):
         raise ValueError(f"{path} was altered: its identity is not the hash of what it says; take the saved one again")
     for name, digest in facts["files"].items():
@@ -75,6 +109,29 @@ def load_facts(folder: Path) -> dict[str, Any]:
         if _sha256(folder / name) != digest:
             raise ValueError(f"{folder / name} was altered: its SHA-256 is not the one in {path.name}")
     return facts
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """`preference.json`, of this format."""
+    path = folder / "preference.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no preference head: {path.name} is missing; expected what train_preference saves"
+        )
+    facts = _read(path)
+    if (found := facts.get("format")) != FORMAT:
+        old = isinstance(found, int) and found < FORMAT
+        mend = "it is of an earlier version: train the head again" if old else "take the folder from its source again"
+        raise ValueError(f"{path}: format {found!r}, expected {FORMAT}; {mend}")
+    return facts
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); take the folder from its source again") from error
+    return facts if isinstance(facts, dict) else {}
 
 
 def load_head(folder: Path, facts: dict[str, Any]) -> PreferenceHead:
@@ -87,9 +144,14 @@ def load_head(folder: Path, facts: dict[str, Any]) -> PreferenceHead:
     return head.requires_grad_(False).eval()
 
 
+def _kept(folder: Path) -> list[Path]:
+    """The files that hold a head's weights, as far as they are there."""
+    paths = [folder / "head.safetensors", *sorted((folder / "adapter").rglob("*"))]
+    return [path for path in paths if path.is_file()]
+
+
 def _hashes(folder: Path) -> dict[str, str]:
-    paths = [folder / "head.safetensors", *sorted(p for p in (folder / "adapter").rglob("*") if p.is_file())]
-    return {p.relative_to(folder).as_posix(): _sha256(p) for p in paths}
+    return {p.relative_to(folder).as_posix(): _sha256(p) for p in _kept(folder)}
 
 
 def _identity(facts: dict[str, Any]) -> str:
@@ -114,6 +176,8 @@ def _versions() -> dict[str, str]:
 
 def _card(facts: dict[str, Any]) -> str:
     head, training, metrics = facts["head"], facts["training"], facts["metrics"]
+    name = facts["backbone"]["name"]
+    name = Path(name).resolve().name if Path(name).is_dir() else name  # where it lies says nothing to others
     lines = [
         "# Preference head",
         "",
@@ -127,7 +191,7 @@ def _card(facts: dict[str, Any]) -> str:
         "reward(prompts=prompts, completions=texts, image=pictures)",
         "```",
         "",
-        f"- backbone: `{facts['backbone']['name']}` ({facts['backbone']['model_type']}, weights "
+        f"- backbone: `{name}` ({facts['backbone']['model_type']}, weights "
         f"{facts['backbone']['fingerprint']}), {'LoRA' if facts['adapter'] else 'frozen'}",
         f"- head: {head['fusion']}, {head['heads']} x width {head['width']}",
         f"- trained: {metrics['steps']} steps of {training['batch_size']}, {metrics['seconds']} s, "

@@ -67,8 +67,6 @@ def check_heads(kappa: float, heads: int, draws: int, dropout: float) -> None:
     """Refuses a lower confidence bound without anything that could disagree."""
     if kappa < 0:
         raise ValueError(f"kappa: expected 0 or more, got {kappa}; a negative one would reward being unsure")
-    if draws < 0:
-        raise ValueError(f"mc_samples: expected 0 or more, got {draws}")
     if draws and not dropout:
         raise ValueError("mc_samples: the head was trained without dropout, so every draw would be the same")
     if kappa and heads * max(draws, 1) < 2:

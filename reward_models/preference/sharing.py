@@ -57,6 +57,21 @@ def attach(model: nn.Module, adapter: Path | None, name: str, expected: str) -> 
             layer.training = layer.get_base_layer().training
 
 
+def detach(model: nn.Module, name: str) -> None:
+    """Takes the adapter out of a `PeftModel` again, and the wrappers that `attach` put around layers for it alone."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    peft: Any = model
+    if name not in getattr(peft, "peft_config", {}):
+        return
+    with quiet(), _restored(model):
+        peft.delete_adapter(name)
+    for parent in list(model.modules()):
+        for key, layer in list(parent.named_children()):
+            if isinstance(layer, BaseTunerLayer) and not layer._all_available_adapter_names():
+                setattr(parent, key, layer.get_base_layer())
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without two warnings of PEFT: of a name in transformers that is about to change, and of several adapters."""

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from reward_models.preference.backbone import Backbone, Row, States, fingerprint, length_mask, load_backbone
 from reward_models.preference.calibration import fit_temperature, pair_metrics
-from reward_models.preference.folder import save_folder
+from reward_models.preference.folder import check_folder, save_folder
 from reward_models.preference.fusion import PreferenceHead
 from reward_models.preference.pairs import Pair, Rating
 from reward_models.preference.scoring import Judge, Known, both, frozen_states
@@ -37,6 +37,7 @@ class TrainOptions:
 
     Attributes:
         backbone: folder or hub id of an image-text-to-text model.
+        backbone_name: what the saved head calls it, where others know it by a name; None: as in `backbone`.
         fusion: "concat", "sum", "gated" or "cross_attention".
         heads: size of the ensemble. With more than one, head k sees pair i as often as Poisson(1) says (the online
             bootstrap of Oza and Russell 2001).
@@ -55,6 +56,7 @@ class TrainOptions:
     """
 
     backbone: str
+    backbone_name: str | None = None
     fusion: str = "cross_attention"
     heads: int = 1
     width: int = 128
@@ -112,6 +114,7 @@ def train_preference(
 
     Args:
         examples: all `Pair` or all `Rating`.
+        folder: new or empty, or with an earlier head, which is replaced.
         calibration: pairs that are not trained on and show none of the same pictures. They give the temperature and
             the zero of the reward. Without them both stay as they are: temperature 1, zero anywhere.
         log: gets a line now and then; None is silent.
@@ -122,9 +125,11 @@ def train_preference(
         calibration pairs, which have been used for one number, accuracy, ECE and loss after calibration.
 
     Raises:
-        ValueError: nothing to train on, pairs mixed with ratings, an unknown option, or a loss that is not finite.
+        ValueError: nothing to train on, pairs mixed with ratings, an unknown option, a folder with something else in
+            it, or a loss that is not finite.
     """
     chosen = _options(options)
+    check_folder(Path(folder))
     # Made once, where they are made on demand.
     made: list[Any] = list(examples)
     calibration = list(calibration)
@@ -162,20 +167,21 @@ def train_preference(
                 f"calibration: {len(calibration)} pairs, accuracy {metrics['calibration']['accuracy']:.4f}, "
                 f"temperature {temperature:.3f}, ECE {metrics['calibration']['ece']:.4f}"
             )
-    pictures = any(example.images for example in made)
+    pictured = sum(bool(example.images) for example in made)
+    training = {k: v for k, v in asdict(chosen).items() if k not in ("backbone", "backbone_name")}
     facts = {
-        "backbone": {"name": chosen.backbone, "fingerprint": base, "model_type": model.config.model_type}
-        | {"quantize": chosen.quantize, "dtype": chosen.dtype},
+        "backbone": {"name": str(chosen.backbone_name or chosen.backbone), "fingerprint": base}
+        | {"model_type": model.config.model_type, "quantize": chosen.quantize, "dtype": chosen.dtype},
         "head": {"text_size": size, "picture_size": size, "width": chosen.width}
         | {"fusion": chosen.fusion, "heads": chosen.heads, "dropout": chosen.dropout},
         "adapter": bool(chosen.lora),
         "learned_from": "ratings" if rated else "pairs",
-        "pictures": pictures,
+        "pictures": "all" if pictured == len(made) else "some" if pictured else "none",  # how many examples had any
         "temperature": temperature,
         "shift": shift,
         "scale": scale,
         "metrics": metrics,
-        "training": asdict(chosen) | {"examples": len(made)},
+        "training": training | {"examples": len(made)},
     }
     save_folder(Path(folder), facts, head, model if chosen.lora else None)
     return metrics

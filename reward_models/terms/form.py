@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from reward_models.metrics.text import simple
+from reward_models.metrics.text import flag, simple
 from reward_models.terms.term import texts, value_of
 from reward_models.terms.words import DANGLING
 
@@ -39,8 +39,9 @@ class Format:
         json: True: the text is JSON; a list: an object with these keys; a mapping key -> type: and the values are of
             the type string, integer, number, boolean, array, object, null or any.
         banned: none of these phrases occurs (as whole words, upper and lower case alike).
-        bad_endings: True: the last word is no function word that must go on ("a", "with", "the", ...); or own words.
-    Raises ValueError for no check at all, a broken pattern or an unknown type.
+        bad_endings: True: the last word is no function word that must go on ("a", "with", "the", ...); or a list of
+            words of your own.
+    Raises ValueError for no check at all, a broken pattern, an unknown type or an option of the wrong type.
     """
 
     __name__ = "format"
@@ -58,12 +59,12 @@ class Format:
         bad_endings: bool | Sequence[str] = False,
         strict: bool = False,
     ) -> None:
-        self.strict = bool(strict)
+        self.strict = flag("format", "strict", strict)
         self._checks: list[tuple[str, Any]] = []
         if regex is not None:
             try:
                 pattern = re.compile(regex, re.DOTALL)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(f"format: regex {regex!r} is broken: {error}") from None
             self._checks.append((f"regex:{regex}", lambda text: pattern.fullmatch(text) is not None))
         if starts_with is not None:
@@ -73,18 +74,22 @@ class Format:
             tails = _strings("ends_with", ends_with)
             self._checks.append((f"ends:{list(tails)}", lambda text: text.endswith(tails)))
         if tag is not None:
+            if not isinstance(tag, str) or not tag:
+                raise ValueError(f"format: tag must be a name, got {tag!r}")
             opening, closing = f"<{tag}>", f"</{tag}>"
             self._checks.append((f"tag:{tag}", lambda text: _tagged(text, opening, closing)))
         if json is not False:
             keys = _json_keys(json)
             self._checks.append((f"json:{keys}", lambda text: _is_json(text, keys)))
-        if banned:
+        if banned not in (None, (), []):
             phrases = [simple(phrase) for phrase in _strings("banned", banned)]
             if not all(phrases):
                 raise ValueError(f"format: a banned phrase holds no word: {list(banned)!r}")
             padded = tuple(f" {' '.join(words)} " for words in phrases)
             self._checks.append((f"banned:{[p.strip() for p in padded]}", lambda text: _free_of(text, padded)))
         if bad_endings is not False:
+            if isinstance(bad_endings, str):  # in YAML 1.2 "no" is text
+                raise ValueError(f"format: bad_endings must be true, false or a list of words, got {bad_endings!r}")
             endings = DANGLING if bad_endings is True else frozenset(_strings("bad_endings", bad_endings))
             label = "yes" if bad_endings is True else sorted(endings)
             self._checks.append((f"bad_endings:{label}", lambda text: _well_ended(text, endings)))
@@ -108,8 +113,8 @@ class Format:
         return out
 
 
-def _strings(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    found = (value,) if isinstance(value, str) else tuple(value)
+def _strings(option: str, value: str | Collection[str]) -> tuple[str, ...]:
+    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Collection) else ()
     if not found or not all(isinstance(item, str) and item for item in found):
         raise ValueError(f"format: {option} must be a string or a list of non-empty strings, got {value!r}")
     return found

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from reward_models.terms.term import Scores, Term, frequencies, row_name, value_of
+from reward_models.metrics.text import row_name, whole
+from reward_models.terms.term import Scores, Term, frequencies, value_of
 from reward_models.terms.vocabulary import KINDS, Vocabulary
 
 Fact = tuple[str | None, ...]
@@ -19,6 +20,7 @@ Truth = dict[str, set[Fact]]  # kind -> facts; a kind of which nothing is known 
 _NAMES = ("name", "label", "category", "noun", "object", "shape", "class")
 _ATTRIBUTES = ("colour", "color", "size", "material", "pattern", "texture", "attributes")
 _CACHED = 8192
+_MIN_DOCUMENTS = 3
 
 
 class _Grounded(Term):
@@ -35,7 +37,7 @@ class _Grounded(Term):
         at_least: int = 1,
         vocabulary: Vocabulary | Mapping[str, Iterable[str]] | None = None,
         synonyms: Mapping[str, Sequence[str]] | None = None,
-        min_documents: int = 3,
+        min_documents: int | None = None,
         attribute_keys: Sequence[str] = _ATTRIBUTES,
         tokenizer: str | None = None,
     ) -> None:
@@ -45,9 +47,15 @@ class _Grounded(Term):
             raise ValueError(f"{name}: of must be one of {', '.join(KINDS)}, all; got {of!r}")
         if truth not in ("auto", "columns", "references", "both"):
             raise ValueError(f"{name}: truth must be auto, columns, references or both, got {truth!r}")
-        if isinstance(at_least, bool) or not isinstance(at_least, int) or at_least < 1:
-            raise ValueError(f"{name}: at_least must be an integer of at least 1, got {at_least!r}")
-        self.of, self.truth, self.at_least = of, truth, at_least
+        if isinstance(attribute_keys, str) or not all(isinstance(key, str) for key in attribute_keys):
+            raise ValueError(f"{name}: attribute_keys must be a list of strings, got {attribute_keys!r}")
+        if min_documents is not None and (vocabulary is not None or training is None):
+            raise ValueError(
+                f"{name}: min_documents is for a vocabulary that is derived from training captions, but "
+                f"{'there are none' if vocabulary is None else 'vocabulary is given'}; leave one of them out"
+            )
+        enough = whole(name, "min_documents", _MIN_DOCUMENTS if min_documents is None else min_documents)
+        self.of, self.truth, self.at_least = of, truth, whole(name, "at_least", at_least)
         self.attribute_keys = tuple(attribute_keys)
         self._kinds = KINDS if of == "all" else (of,)
         if isinstance(vocabulary, Vocabulary):
@@ -61,7 +69,7 @@ class _Grounded(Term):
             self.vocabulary = Vocabulary(**{key: vocabulary[key] for key in vocabulary}, synonyms=synonyms)
         elif training is not None:
             df = frequencies(name, training, self.tokenizer)
-            self.vocabulary = Vocabulary.from_frequencies(df, synonyms=synonyms, min_documents=min_documents)
+            self.vocabulary = Vocabulary.from_frequencies(df, synonyms=synonyms, min_documents=enough)
         else:
             self.vocabulary = Vocabulary(synonyms=synonyms)
         self._cache: dict[tuple[str, ...], Truth] = {}
@@ -203,7 +211,7 @@ class Coverage(_Grounded):
     of: objects, attributes, relations, or all of them in one pool. truth: auto (columns `objects` or `labels`,
     `background`, `relations` of the row; its references where it has none), columns, references, both. at_least: how
     many of a picture's references must mention a fact. vocabulary, synonyms: see `Vocabulary`; by default the
-    vocabulary is derived from the training captions, of words that at least min_documents pictures have.
+    vocabulary is derived from the training captions, of words that at least min_documents (3) pictures have.
     """
 
     __name__ = "coverage"

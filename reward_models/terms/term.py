@@ -9,7 +9,7 @@ import numpy as np
 
 from reward_models.metrics.ngrams import DocumentFrequencies
 from reward_models.metrics.pieces import Reader, joined
-from reward_models.metrics.text import completion_text, tokenizer_named
+from reward_models.metrics.text import completion_text, row_name, tokenizer_named
 
 _REMEMBERED = 1 << 17  # words and pieces whose ids are kept
 Scores = Sequence[float] | np.ndarray | None  # of the first 0, 1, ... W words; None: no opinion on the row
@@ -76,10 +76,6 @@ def texts(name: str, completions: Sequence[Any], ids: Any = None) -> list[str]:
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{row_name(name, i, ids)}: {error}") from None
     return out
-
-
-def row_name(name: str, i: int, ids: Any = None) -> str:
-    return f"{name}: row {i}" if ids is None or i >= len(ids) else f"{name}: row {i} (id {ids[i]!r})"
 
 
 def value_of(columns: dict[str, Any], key: str, i: int) -> Any:

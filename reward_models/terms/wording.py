@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from reward_models.metrics.ngrams import MAX_ORDER, DocumentFrequencies, lay_out
-from reward_models.terms.term import Scores, Term, frequencies, row_name, value_of
+from reward_models.metrics.text import flag, real, row_name, whole
+from reward_models.terms.term import Scores, Term, frequencies, value_of
 from reward_models.terms.words import FUNCTION_WORDS
 
 
@@ -35,9 +36,11 @@ class LengthWindow(Term):
         tokenizer: str = "simple",
     ) -> None:
         super().__init__(tokenizer)
-        if min < 0 or (max is not None and max < min) or (min == 0 and max is None):
+        for option, value in (("min", min), ("max", 0 if max is None else max)):
+            whole("length", option, value, least=0)
+        if (max is not None and max < min) or (min == 0 and max is None):
             raise ValueError(f"length: expected 0 <= min <= max and one of them set, got min={min!r}, max={max!r}")
-        if not width > 0 or not math.isfinite(width):
+        if not 0 < real("length", "width", width) < math.inf:
             raise ValueError(f"length: width must be a finite number above 0, got {width!r}")
         if fall not in ("linear", "gaussian"):
             raise ValueError(f"length: fall must be 'linear' or 'gaussian', got {fall!r}")
@@ -89,9 +92,7 @@ class Repetition(Term):
 
     def __init__(self, *, n: int = 3, runs: bool = True, tokenizer: str = "simple") -> None:
         super().__init__(tokenizer)
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"repetition: n must be an integer of at least 1, got {n!r}")
-        self.n, self.runs = n, bool(runs)
+        self.n, self.runs = whole("repetition", "n", n), flag("repetition", "runs", runs)
 
     @property
     def signature(self) -> str:
@@ -129,8 +130,8 @@ class Novelty(Term):
         self, training: Any, *, n: int = 4, cap: float = 1.0, copy: float = 0.0, tokenizer: str | None = None
     ) -> None:
         super().__init__(tokenizer, training)
-        if not 1 <= n <= MAX_ORDER:
-            raise ValueError(f"novelty: n must be 1 to {MAX_ORDER}, got {n!r}")
+        self.n = whole("novelty", "n", n, most=MAX_ORDER)
+        self.cap, self.copy = real("novelty", "cap", cap), real("novelty", "copy", copy)
         if not 0 < cap <= 1 or not 0 <= copy < math.inf:
             raise ValueError(f"novelty: expected 0 < cap <= 1 and a finite copy >= 0, got cap={cap!r}, copy={copy!r}")
         if copy and isinstance(training, DocumentFrequencies):
@@ -139,7 +140,6 @@ class Novelty(Term):
                 "cannot tell a copy. Leave copy at 0 or build the term from the captions"
             )
         self.df = frequencies("novelty", training, self.tokenizer)
-        self.n, self.cap, self.copy = int(n), float(cap), float(copy)
         self._captions = {tuple(self._tokenize(text)) for refs in training for text in refs} if copy else set()
         self._longest = max(map(len, self._captions), default=0)
 
@@ -191,7 +191,8 @@ class Richness(Term):
         super().__init__(tokenizer, training)
         if by not in ("idf", "distinct"):
             raise ValueError(f"richness: by must be 'idf' or 'distinct', got {by!r}")
-        self.by, self.target = by, float(target if target is not None else {"idf": 4.0, "distinct": 8.0}[by])
+        self.by = by
+        self.target = {"idf": 4.0, "distinct": 8.0}[by] if target is None else real("richness", "target", target)
         if not 0 < self.target < math.inf:
             raise ValueError(f"richness: target must be a finite number above 0, got {target!r}")
         self.df = frequencies("richness", training, self.tokenizer)

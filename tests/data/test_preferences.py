@@ -187,3 +187,11 @@ def test_shares_of_kinds_and_names():
         scene_pairs("train", 3, kinds=["other picture"], pictures=1)[0]
     with pytest.raises(IndexError):
         scene_pairs("train", 3)[3]
+
+
+def test_twice_names_one_object_again_in_the_place_of_another():
+    for pair in scene_pairs("train", 40, kinds=["twice"]):
+        scene = scene_of(pair)
+        assert attribute_claims(pair.chosen, scene)[0] == attribute_claims(pair.chosen, scene)[1]
+        true, claims = attribute_claims(pair.rejected, scene)
+        assert true < claims and len(scene.objects) >= 2

@@ -114,3 +114,27 @@ def test_no_opinion_is_no_finding():
 def test_too_few_references_are_refused():
     with pytest.raises(ValueError, match="0 of 1 rows have two references"):
         probe_rewards(WeightedRewards([RewardPart("it", nothing)]), [{"references": ["a"]}], [["a"]])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        RewardPart("hole", length, {"share": 0.6}),
+        RewardPart("hole", length, {"schedule": "linear", "from": 0.0, "to": 50.0, "steps": 10}),
+        RewardPart("hole", length, {"schedule": "linear", "from": 50.0, "to": 0.0, "steps": 10}),
+        RewardPart("hole", length, 50.0, normalize="running"),
+        RewardPart("hole", length, 50.0, normalize="group"),
+    ],
+    ids=["share", "later", "at first", "running", "group"],
+)
+def test_a_hole_is_found_whatever_its_weight_looks_like(part):
+    # Kills: rewards asked as if no training step had ever been: shares and schedules from 0 would add nothing.
+    rewards = WeightedRewards([RewardPart("cider", CIDER), part])
+    before = rewards.state_dict()
+    report = probe_rewards(rewards, rows(), CORPUS)
+    assert "four times as long" in {finding.probe for finding in report.flagged}
+    assert rewards.state_dict() == before
+
+
+def test_dense_parts_are_probed_too():
+    assert not probe_rewards(WeightedRewards([RewardPart("cider", CIDER, credit="dense")]), rows(), CORPUS).flagged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 import warnings
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from reward_models.named import BUILT_IN, built_in, load_reward
+from reward_models.own import _plain
 from reward_models.rewards import RewardPart, Scored, WeightedRewards, build_rewards
 
 TEXTS, IDS = ["a", "b", "c"], ["p0", "p1", "p2"]
@@ -52,6 +54,15 @@ def test_drop_leaves_the_row_out_and_warns(value):
     assert np.isnan(scores.parts["odd"][1]) and scores.weighted["odd"].tolist() == [1.0, 0.0, 3.0]
 
 
+def test_rows_dropped_by_any_part_are_left_out():
+    parts = [
+        RewardPart(name, lambda n=i, **c: [NAN if i == n else 1.0 for i in range(3)]) for i, name in enumerate("xy")
+    ]
+    parts = [dataclasses.replace(part, nonfinite="drop") for part in parts]
+    with pytest.warns(UserWarning, match="left out"):
+        assert WeightedRewards(parts)(completions=TEXTS).keep.tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize("value", NON_FINITE.values(), ids=NON_FINITE)
 def test_zero_counts_as_zero_and_warns(value):
     with pytest.warns(UserWarning, match=r"reward 'odd': 1 non-finite.* row 1 \(id 'p1'\); counted as 0"):
@@ -91,6 +102,9 @@ def test_numbers_of_every_kind_are_understood():
     torch = pytest.importorskip("torch")
     assert scored(torch.tensor([1.0, 2.0, 3.0], requires_grad=True)).parts["odd"].tolist() == [1.0, 2.0, 3.0]
     assert scored([torch.tensor(1.0), torch.tensor([2.0]), 3]).parts["odd"].tolist() == [1.0, 2.0, 3.0]
+    fine = [1 / 3, 2.0, 3.0]  # float32 would round the third
+    assert scored(torch.tensor(fine, dtype=torch.float64)).parts["odd"].tolist() == fine
+    assert _plain(torch.tensor(fine, dtype=torch.float64)).tolist() == fine
 
 
 def test_an_integer_beyond_float_is_infinite():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +176,10 @@ def test_credit_that_cannot_be_given_is_refused_at_once():
         RewardPart("x", constant([]), 1.0, "dense")
     with pytest.raises(ValueError, match="reward 'x': clip and credit dense exclude each other"):
         RewardPart("x", Letters(), 1.0, "dense", clip=(0, 1))
+    for normalize in ("batch", "group"):  # the factor would know how the response goes on
+        with pytest.raises(ValueError, match=f"'x': credit shaping and normalize {normalize} exclude each other"):
+            RewardPart("x", Letters(), 1.0, "shaping", normalize)
+    RewardPart("x", Letters(), 1.0, "shaping", "running")
 
 
 @pytest.mark.parametrize(
@@ -195,9 +201,45 @@ def test_wrong_options_of_a_part_are_named(option, message):
 
 def test_the_signature_says_how_each_part_counts():
     parts = [RewardPart("x", Letters(), {"share": 0.3}, "dense", "running"), ("y", CiderD(DF), 0.5)]
-    first, second = WeightedRewards([*parts, RewardPart("z", Letters(), clip=(0, 2))]).signature.splitlines()[:2]
-    assert first == "x x share(0.3)|credit:dense|normalize:running: Letters"
+    parts.append(RewardPart("z", Letters(), clip=(0, 2), nonfinite="zero"))
+    first, second, third = WeightedRewards(parts).signature.splitlines()
+    head, _, source = first.rpartition("|")
+    assert head == "x x share(0.3)|credit:dense|normalize:running: test_weighted_rewards:Letters"
+    assert re.fullmatch("source:[0-9a-f]{12}", source)
     assert second == f"y x 0.5: {CiderD(DF).signature}"
+    assert third.startswith("z x 1|clip:0..2|nonfinite:zero: ")
+
+
+def test_the_signature_of_a_function_follows_its_code_and_not_its_place(tmp_path):
+    """Two folders, one text: equal. Another text: different. Options and the child process make no other kind."""
+    for folder, text in (("one", "len(c)"), ("two", "len(c)"), ("three", "-len(c)")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.py").write_text(
+            f"def f(completions, k=1, **columns):\n    return [{text} for c in completions]\n"
+            "class C:\n    def __init__(self, k=1): pass\n    __call__ = f\n"
+        )
+
+    def signature(folder, name="f", **more):
+        return build_rewards([{"name": f"{tmp_path}/{folder}/own.py:{name}", **more}]).signature
+
+    assert signature("one") == signature("two") != signature("three")
+    assert signature("one").startswith("f x 1: own.py:f|source:") and str(tmp_path) not in signature("one")
+    for name in "fC":
+        bound = signature("one", name, options={"k": 3})
+        assert bound.startswith(f"{name} x 1: own.py:{name}|k:3|source:")
+        assert bound == signature("one", name, options={"k": 3}, timeout=30)
+
+
+def test_a_function_without_source_is_told_by_its_code():
+    def made(text, line=0):
+        scope = {"__name__": "typed"}
+        exec("\n" * line + f"def f(completions, **columns):\n    return [{text} for c in completions]", scope)
+        return RewardPart("f", scope["f"]).signature
+
+    assert made("c in {'a', 'b'}") == made("c in {'a', 'b'}", line=5) != made("c in {'a', 'c'}")
+    assert made("1.0").startswith("f x 1: typed:f|source:")
+    half = functools.partial(constant, values=[1])
+    assert "test_weighted_rewards:constant|values:[1]|source:" in RewardPart("f", half).signature
 
 
 # --- the metrics as rewards, and rewards from plain data --------------------------------------------
@@ -228,6 +270,9 @@ def test_empty_or_wrong_references_name_the_row():
             metric(completions=["a"], references=["abc"])
         with pytest.raises(ValueError, match="row 0.*NoneType"):
             metric(completions=["a"], references=[["a", None]])
+        metric(completions=["a"], references=[["a"]])  # warm: now references are looked up, which hashes them
+        with pytest.raises(ValueError, match="row 0: a reference is list, expected a string"):
+            metric(completions=["a"], references=[[["a"]]])
         with pytest.raises(ValueError, match="row 1"):
             metric(completions=["a", None], references=[["a"], ["b"]])
         with pytest.raises(ValueError, match="2 completions but 1 references"):
@@ -246,7 +291,7 @@ def test_build_rewards_reads_names_weights_and_options(tmp_path):
         [
             {"name": "cider_d", "weight": 1.0},
             {"name": "bleu", "weight": 0.0, "n": 2},
-            {"name": f"{own}:words", "weight": 0.5, "scale": 3},
+            {"name": f"{own}:words", "weight": 0.5, "options": {"scale": 3}},
         ],
         DF,
     )
@@ -254,7 +299,7 @@ def test_build_rewards_reads_names_weights_and_options(tmp_path):
     scores = rewards(completions=["a dog"], references=[["a dog"]])
     assert scores.parts["words"].tolist() == [6.0]
     assert scores.total[0] == pytest.approx(scores.parts["cider_d"][0] + 3.0)
-    assert "n:2" in rewards.signature and "scale=3" in rewards.signature
+    assert "n:2" in rewards.signature and "|scale:3|" in rewards.signature
 
 
 @pytest.mark.parametrize(
@@ -266,12 +311,43 @@ def test_build_rewards_reads_names_weights_and_options(tmp_path):
         ({"name": "reward_models.metrics.text:simpel"}, "did you mean 'simple'"),
         ({"name": "nowhere/own.py:f"}, r"no such file: nowhere/own\.py"),
         ({"weight": 1.0}, r"rewards\[0\]"),
-        ({"name": "cider_d", "weight": None}, "finite number"),
+        ({"name": "cider_d", "weight": "1"}, "finite number"),
+        ({"name": "bleu", "options": "eos"}, r"rewards\[0\] \(bleu\): options: expected a mapping.*'eos'"),
+        ({"name": "bleu", "n": 1, "options": {"n": 2}}, r"rewards\[0\] \(bleu\): option 'n' is given twice"),
+        ({"name": "a:f", "wieght": 1}, r"rewards\[0\] \(a:f\): unknown key 'wieght'; did you mean 'weight'\?"),
+        ({"name": "a:f", "limit": 1}, "Options of a reward of your own go under 'options'"),
     ],
 )
 def test_mistakes_in_specs_are_named(spec, message):
     with pytest.raises(ValueError, match=message):
         build_rewards([spec], DF)
+
+
+def test_a_weight_of_none_is_one():
+    assert build_rewards([{"name": "bleu", "weight": None, "options": None}]).parts[0].weight == 1.0
+
+
+@pytest.mark.parametrize("timeout", [None, 30])
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("f", "limt", "f has no option 'limt'; did you mean 'limit'?"),
+        ("f", "completions", "f has no option 'completions'; its named parameters are limit"),
+        ("Child", "limt", "Child has no option 'limt'; did you mean 'limit'?"),
+    ],
+)
+def test_a_mistyped_option_is_not_swallowed(tmp_path, name, option, message, timeout):
+    own = tmp_path / "mistyped.py"
+    own.write_text(
+        "def f(prompts, completions, limit=1, **columns):\n    return [limit] * len(completions)\n"
+        "class Base:\n    def __init__(self, limit=2, **rest): self.limit = limit\n"
+        "    def __call__(self, completions, **columns): return [self.limit] * len(completions)\n"
+        "class Child(Base):\n    def __init__(self, scale=1, **rest): super().__init__(**rest)\n"
+    )
+    spec = {"name": f"{own}:{name}", "timeout": timeout}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_rewards([{**spec, "options": {option: 7}}])
+    assert build_rewards([{**spec, "options": {"limit": 7}}])(completions=["a"]).total.tolist() == [7.0]
 
 
 def test_cider_without_frequencies_is_refused():

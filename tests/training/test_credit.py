@@ -123,6 +123,8 @@ def test_moments_of_running_normalisation_survive_a_resume(tiny_model, tmp_path)
     unbroken.train()
     resumed = trainer("b")
     resumed.train(resume_from_checkpoint=tmp_path / "a" / "checkpoints" / "step-000002")
+    # 4 steps of 12 responses; held-out scores in between have taught it nothing
+    assert resumed.reward_funcs.state_dict()["moments"]["letters"]["count"] == 48
     assert resumed.reward_funcs.state_dict() == unbroken.reward_funcs.state_dict()
     for name, value in weights(unbroken).items():
         assert torch.equal(value, weights(resumed)[name]), name
@@ -163,3 +165,73 @@ def test_empty_and_equal_responses_teach_nothing_and_break_nothing(tiny_model, t
 def test_dense_credit_without_a_critic_is_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="'letters' is credited token by token, but critic='none'"):
         with_credit(tiny_model, tmp_path, "dense", critic="none")
+
+
+def test_dense_pay_shaping_and_penalty_add_up(tiny_model, tmp_path):
+    parts = [RewardPart("paid", Letters(), 2.0, "dense"), RewardPart("shaped", Letters(), 3.0, "shaping")]
+    trainer = trainer_of(tiny_model, tmp_path, WeightedRewards(parts), kl_coef=0.0, missing_eos_penalty=10.0)
+    rollout, pieces = sampled(trainer)
+    stages.earn(rollout, trainer.config, 0.0)
+    for i, (own, text) in enumerate(zip(pieces, rollout.texts, strict=True)):
+        tokens = rollout.rewards[i][rollout.responses.mask[i]]
+        penalty = 0.0 if rollout.responses.ended[i] else 10.0
+        expected = [5.0 * letters(piece) for piece in own]  # undiscounted shaping is the increments, once more
+        expected[-1] -= penalty
+        torch.testing.assert_close(tokens, torch.tensor(expected))
+        assert rollout.scores[i] == 5.0 * letters(text) - penalty
+    assert not rollout.responses.ended.all() and rollout.dense is not None and rollout.potentials is not None
+
+
+def test_schedules_follow_the_training_step(tiny_model, tmp_path):
+    later = {"schedule": "constant", "from": 0.0, "to": 1.0, "start": 2, "steps": 1}
+    trainer = trainer_of(tiny_model, tmp_path, WeightedRewards([RewardPart("letters", Letters(), later)]))
+    rewards = [trainer.step(step)["reward"] for step in (1, 2, 3)]
+    assert rewards[0] == 0.0 and rewards[2] > 0.0
+
+
+def test_dropped_rows_take_no_part_in_whitening_and_explained_variance(tiny_model, tmp_path):
+    def reward(completions, **_):
+        return [1e6 if i % 3 == 1 else letters(text) for i, text in enumerate(completions)]
+
+    def run(bad):
+        def dropped(completions, **_):
+            return [bad if i % 3 == 1 else value for i, value in enumerate(reward(completions))]
+
+        part = RewardPart("letters", dropped, 1.0, nonfinite="drop")
+        trainer = trainer_of(tiny_model, tmp_path / str(bad), WeightedRewards([part]), whiten_rewards=True)
+        return trainer.step(1)
+
+    assert run(float("nan"))["explained_variance"] == run(float("-inf"))["explained_variance"]
+    kept, poisoned = run(float("nan")), run(1e6)
+    assert kept["value_loss"] < 100 and poisoned["reward"] > 1e4
+
+
+def test_weights_beside_a_combination_are_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="reward_weights belongs to plain functions"):
+        with_credit(tiny_model, tmp_path, "last", reward_weights=[2.0])
+
+
+def test_a_reward_that_fails_names_the_step(tiny_model, tmp_path):
+    def broken(completions, **_):
+        raise KeyError("no such thing")
+
+    def wrong(completions, **_):
+        return ["?"] * len(completions)
+
+    with pytest.raises(RuntimeError, match=r"step 2: reward 'wrong', row 0"):
+        trainer_of(tiny_model, tmp_path, wrong).step(2)
+    with pytest.raises(KeyError):  # a fault of the user's own program keeps its traceback
+        trainer_of(tiny_model, tmp_path, broken).step(1)
+
+
+def test_default_metrics_see_pictures_and_tokens(tiny_model, tmp_path):
+    class Lazy(list):
+        def text(self, index):
+            return {key: value for key, value in self[index].items() if key != "image"}
+
+    def look(completions, image, completion_ids, **_):
+        return [float(picture.size[0] + len(ids)) for picture, ids in zip(image, completion_ids, strict=True)]
+
+    trainer = trainer_of(tiny_model, tmp_path, look)
+    trainer.eval_dataset = Lazy(rows(3))
+    assert trainer.evaluate().metrics["reward"].min() > 32

@@ -10,6 +10,7 @@ from test_trainer import trainer_of, weights
 
 from mmft.evaluation.health import text_health
 from mmft.training.guards import DEFAULT_GUARDS, LIMITS, Guard, Guards
+from reward_models import RewardPart, WeightedRewards
 
 SOUND = {"bad_ending": 0.0, "repetition": 0.0, "words": 10.0, "reward": 1.0}
 
@@ -96,7 +97,7 @@ def more_text(completions, **_):
 @pytest.mark.parametrize("action", ["log", "stop", "rollback"])
 def test_what_follows_an_alarm(tiny_model, tmp_path, action):
     guards = {"repetition": Guard(-1.0, action)}  # any text is beyond this limit: speaks at step 1
-    options = {"guards": guards, "max_steps": 3, "learning_rate": 1e-2}
+    options = {"guards": guards, "max_steps": 3, "learning_rate": 1e-2, "eval_steps": 5}
     trainer = trainer_of(tiny_model, tmp_path, more_text, **options)
     started = weights(trainer)
     summary = trainer.train()
@@ -104,6 +105,7 @@ def test_what_follows_an_alarm(tiny_model, tmp_path, action):
     assert steps == ([1, 2, 3] if action == "log" else [1])
     assert [(a["guard"], a["step"], a["action"]) for a in summary["alarms"]] == [("repetition", 1, action)]
     assert json.loads((tmp_path / "alarms.jsonl").read_text())["guard"] == "repetition"
+    assert summary["rolled_back_to"] == (0 if action == "rollback" else None)
     unchanged = all(torch.equal(value, started[name]) for name, value in weights(trainer).items())
     assert unchanged is (action == "rollback")
 
@@ -113,3 +115,50 @@ def test_blank_pictures_are_tried_when_asked_for(tiny_model, tmp_path):
     trainer = trainer_of(tiny_model, tmp_path, lambda completions, **_: [1.0] * len(completions), guards=blind)
     # A constant reward is earned without the picture every time.
     assert "blank_picture" not in trainer.step(1) and trainer.step(2)["blank_picture"] == 1.0
+
+
+def test_alarms_survive_a_resume(tiny_model, tmp_path):
+    options = {"guards": {"repetition": Guard(-1.0)}, "max_steps": 4, "save_steps": 2}
+    trainer_of(tiny_model, tmp_path, more_text, **options).train()
+    resumed = trainer_of(tiny_model, tmp_path, more_text, **options)
+    summary = resumed.train(resume_from_checkpoint=tmp_path / "checkpoints" / "step-000002")
+    assert [(a["guard"], a["step"]) for a in summary["alarms"]] == [("repetition", 1)]
+
+
+def test_rollback_after_a_resume_that_brought_no_best_state(tiny_model, tmp_path):
+    """The first run kept none, for its guards only logged: the training stops and says so, and its result is there."""
+    options = {"max_steps": 4, "save_steps": 2, "eval_steps": 10}
+    trainer_of(tiny_model, tmp_path / "a", more_text, guards={"repetition": Guard(2.0)}, **options).train()
+    resumed = trainer_of(
+        tiny_model, tmp_path / "b", more_text, guards={"repetition": Guard(-1.0, "rollback")}, **options
+    )
+    summary = resumed.train(resume_from_checkpoint=tmp_path / "a" / "checkpoints" / "step-000002")
+    assert summary["rolled_back_to"] is None and summary["alarms"][0]["step"] == 3
+    assert (tmp_path / "b" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_rollback_without_evaluations_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="set eval_steps"):
+        trainer_of(tiny_model, tmp_path, more_text, guards={"repetition": Guard(0.2, "rollback")})
+
+
+@pytest.mark.parametrize("how", [None, "group", "batch"])
+def test_blank_pictures_are_compared_in_plain_scores(tiny_model, tmp_path, how):
+    # Kills: normalised scores of one side against bare ones of the other.
+    part = RewardPart("ids", lambda completion_ids, **_: [7.0 + len(ids) for ids in completion_ids], normalize=how)
+    guards = {"blank_picture": Guard(0.4, every=1)}
+    trainer = trainer_of(tiny_model, tmp_path, WeightedRewards([part]), guards=guards, max_completion_length=2)
+    vocabulary = trainer.policy.banned.shape[0]
+    trainer.policy.ban([i for i in range(vocabulary) if i not in trainer.policy.end_ids])
+    assert trainer.step(1)["blank_picture"] == 1.0  # every text is the end token alone: 8 on both sides
+    assert trainer.step(2)["reward"] == 8.0
+
+
+def test_not_a_number_is_no_alarm():
+    assert spoken(Guards(DEFAULT_GUARDS), {"blank_picture": float("nan")}) == [[]]
+
+
+def test_a_part_without_spread_leaves_all_of_it_to_the_other(tiny_model, tmp_path):
+    parts = [RewardPart("text", more_text), RewardPart("flat", lambda completions, **_: [1.0] * len(completions))]
+    metrics = trainer_of(tiny_model, tmp_path, WeightedRewards(parts)).step(1)
+    assert (metrics["share/text"], metrics["share/flat"]) == (1.0, 0.0)

@@ -98,7 +98,7 @@ def test_photos_go_from_warm_start_to_report(tmp_path):
     )
     summary = run(recipe)
     assert summary["rows"] == 4 and "cider_d" in summary["after"]
-    assert "CIDEr-D|" in summary["signatures"]["cider_d"]
+    assert "CIDEr-D|" in summary["signatures"]["reward cider_d"]
     for name in ("report.html", "warm_start/config.json", "adapter/adapter_model.safetensors", "recipe.yaml"):
         assert (tmp_path / "run" / name).is_file(), name
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 
 
-def run(folder: Path, model: Path, processes: int) -> tuple[dict, dict[str, torch.Tensor]]:
+def run(folder: Path, model: Path, processes: int, minibatches: int) -> tuple[dict, dict[str, torch.Tensor]]:
     folder.mkdir()
     paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -25,16 +25,18 @@ def run(folder: Path, model: Path, processes: int) -> tuple[dict, dict[str, torc
         str(HERE / "two_processes.py"),
         str(folder),
         str(model),
+        str(minibatches),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "metrics.json").read_text()), load_file(folder / "weights.safetensors")
 
 
-def test_two_processes_are_one(tiny_model, tmp_path):
+@pytest.mark.parametrize("minibatches", [1, 2])  # they decide which prompts a process gets
+def test_two_processes_are_one(tiny_model, tmp_path, minibatches):
     model = tiny_model("llava")
-    one, weights = run(tmp_path / "one", model, 1)
-    two, others = run(tmp_path / "two", model, 2)
+    one, weights = run(tmp_path / "one", model, 1, minibatches)
+    two, others = run(tmp_path / "two", model, 2, minibatches)
     assert (one["processes"], two["processes"]) == (1, 2)
     first, second = one["steps"], two["steps"]
     for key in ("reward", "response_length"):  # the very same responses: sampling is seeded per row
@@ -45,3 +47,14 @@ def test_two_processes_are_one(tiny_model, tmp_path):
     for name, value in weights.items():
         # Far below a step of AdamW (1e-3), above the rounding that AdamW enlarges where gradients are tiny.
         torch.testing.assert_close(value, others[name], atol=1e-4, rtol=0)
+    moments, variances = (flat(result["rewards"]) for result in (one, two))
+    assert moments == pytest.approx(variances, rel=1e-4) and len(moments) > 3
+
+
+def flat(state: object) -> list[float]:
+    """Every number of a nested state, in order."""
+    if isinstance(state, dict):
+        return [number for key in sorted(state) for number in flat(state[key])]
+    if isinstance(state, list):
+        return [number for value in state for number in flat(value)]
+    return [float(state)] if isinstance(state, int | float) else []
