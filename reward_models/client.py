@@ -228,7 +228,7 @@ def _body(rows: Sequence[str], pictures: dict[int, str]) -> bytes:
 
 def _refusal(answer: Any, token_env: str | None) -> str:
     try:
-        detail = str(answer.json()["detail"])[:300]
+        detail = " ".join(str(answer.json()["detail"]).split())[:300]
     except (ValueError, TypeError, KeyError):
         detail = ""
     token = os.environ.get(token_env, "").strip() if token_env else ""

@@ -42,7 +42,7 @@ class Limits:
     max_images: int = _limit(16, "images per request (422)")
     max_megapixels: float = _limit(16.0, "sum over the images of a request, read from their headers (422)")
     max_concurrent: int = _limit(16, "requests at once; more get 429 with Retry-After")
-    max_held_mb: float = _limit(24.0, "bodies and values (100 bytes each) of all requests at once; above it, 429")
+    max_held_mb: float = _limit(16.0, "bodies and values (100 bytes each) of all requests at once; above it, 429")
     max_connections: int = _limit(256, "connections at once; more get 503")
     read_timeout: float = _limit(10.0, "seconds for a request's head, and again for its body (408)")
     score_timeout: float = _limit(120.0, "seconds from the end of the body to the scores (504)")
@@ -116,15 +116,19 @@ class Gate:
         if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
             raise Refused(415, "content-type must be application/json")
         most = int(self.limits.max_body_mb * 1e6)
-        if int(headers.get(b"content-length", b"0")) > most:
+        announced = int(headers.get(b"content-length", b"0"))
+        if announced > most:
             raise Refused(413, f"the body is larger than {self.limits.max_body_mb:g} MB")
         if self.counts.in_flight >= self.limits.max_concurrent:
             raise Refused(429, "too many requests at once; try again soon")
         self.counts.in_flight += 1
         held = _Held(self.counts, int(self.limits.max_held_mb * 1e6))
         try:
+            held.add(announced)  # at once: bodies that grow side by side would all be refused halfway
             try:
-                whole = await asyncio.wait_for(self._read(receive, most, held), self.limits.read_timeout)
+                whole = await asyncio.wait_for(
+                    self._read(receive, most, None if announced else held), self.limits.read_timeout
+                )
             except TimeoutError:
                 raise Refused(408, f"the body took longer than {self.limits.read_timeout:g} s") from None
             if whole["type"] == "http.request":
@@ -136,7 +140,7 @@ class Gate:
             self.counts.in_flight -= 1
             held.release()
 
-    async def _read(self, receive: Receive, most: int, held: _Held) -> MutableMapping[str, Any]:
+    async def _read(self, receive: Receive, most: int, held: _Held | None) -> MutableMapping[str, Any]:
         """One message with the whole body, or the one that says that the client went away."""
         body = bytearray()
         while True:
@@ -144,9 +148,11 @@ class Gate:
             if message["type"] == "http.disconnect":
                 return message
             part = message.get("body", b"")
-            held.add(len(part))
+            if held is not None:  # chunked: nobody said how long it would be
+                held.add(len(part))
             body += part
-            if len(body) > most:  # chunked: nobody said how long it would be
+            if len(body) > most:
+                body.clear()  # the exception keeps this frame until the answer is sent
                 raise Refused(413, f"the body is larger than {self.limits.max_body_mb:g} MB")
             if not message.get("more_body"):
                 return {"type": "http.request", "body": body, "more_body": False}

@@ -31,6 +31,7 @@ from reward_models.own import read_message, row_range, write_message
 
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from reward_models.own import run_child; run_child()"
 _NAMED_ROWS = 8
+_MARKER = "REWARD_MODELS_CHILD"  # in the environment of the child and of what it starts
 
 
 class Isolated:
@@ -58,6 +59,11 @@ class Isolated:
         *,
         startup_timeout: float = 120.0,
     ) -> None:
+        if _MARKER in os.environ:
+            raise ValueError(
+                f"reward {path!r}: a reward's child process cannot start another one; if this file makes its own "
+                'Isolated when it is imported, put that under `if __name__ == "__main__":`'
+            )
         source, _, attribute = path.rpartition(":")
         if not source or not attribute:
             raise ValueError(f"reward {path!r}: expected 'package.module:name' or 'path/to/file.py:name'")
@@ -163,6 +169,12 @@ class Isolated:
                 if failure is not None:
                     raise self._raised(failure, f"its process {cause} in the search for the row", columns) from None
                 raise RuntimeError(f"reward {self.path!r}: its process {cause} on {_named(rows, columns)}") from None
+            except _OutOfStep:
+                process.stop()
+                raise RuntimeError(
+                    f"reward {self.path!r}: its process answered an earlier call again, on {_named(rows, columns)}; "
+                    "does it fork? It was stopped"
+                ) from None
             except BaseException:  # such as Ctrl-C: the child is still busy with a call nobody waits for
                 process.stop()
                 raise
@@ -173,7 +185,9 @@ class Isolated:
         return said
 
     def _raised(self, failure: str, where: str, columns: dict[str, Any]) -> RuntimeError:
-        return RuntimeError(f"reward {self.path!r} raised ({where} of {len(row_range(columns))}):\n{failure}")
+        """The first line says all that matters; below it stands the end of the child's traceback."""
+        said, _, details = failure.partition("\n")
+        return RuntimeError(f"reward {self.path!r} raised ({where} of {len(row_range(columns))}): {said}\n{details}")
 
     def _packed(self, method: str, columns: dict[str, Any]) -> bytes:
         try:
@@ -184,13 +198,17 @@ class Isolated:
                     pickle.dumps(column, protocol=5)
                 except Exception as cause:
                     raise ValueError(
-                        f"reward {self.path!r}: column {key!r} cannot be sent to its process: {cause}"
+                        f"reward {self.path!r}: column {key!r} cannot be sent to its process: {_line(cause)}"
                     ) from cause
-            raise ValueError(f"reward {self.path!r}: columns cannot be sent to its process: {error}") from error
+            raise ValueError(f"reward {self.path!r}: columns cannot be sent to its process: {_line(error)}") from error
 
 
 def _again(path: str, options: dict[str, Any], timeout: float, startup_timeout: float) -> Isolated:
     return Isolated(path, options, timeout, startup_timeout=startup_timeout)
+
+
+class _OutOfStep(Exception):
+    """An answer to another message than the last one."""
 
 
 class _Process:
@@ -198,6 +216,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
+        self.sent = 0
         self.socket, other = socket.socketpair()
         watched, life = os.pipe()
         try:
@@ -205,6 +224,7 @@ class _Process:
             self.popen = subprocess.Popen(
                 [sys.executable, "-u", "-X", "faulthandler", "-c", _CHILD, json.dumps(sys.path), *map(str, ends)],
                 pass_fds=ends,
+                env={**os.environ, _MARKER: "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=2,
                 start_new_session=True,  # a process group of its own, to be killed as one
@@ -227,16 +247,22 @@ class _Process:
 
     def send(self, message: bytes, deadline: float) -> None:
         self.socket.settimeout(max(1e-3, deadline - time.monotonic()))
+        self.sent += 1
         write_message(self.socket, message)
 
-    def receive(self, deadline: float) -> Any:
+    def receive(self, deadline: float) -> tuple[str, Any]:
+        """State and value of the answer to the last message. Raises _OutOfStep if it answers another."""
+
         def wait(sock: socket.socket) -> None:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError
             sock.settimeout(left)
 
-        return pickle.loads(read_message(self.socket, wait))
+        answered, state, said = pickle.loads(read_message(self.socket, wait))
+        if answered != self.sent:
+            raise _OutOfStep
+        return state, said
 
     def cause(self) -> str:
         """How it died; stops what is left of its group."""
@@ -269,6 +295,10 @@ def _kill(popen: subprocess.Popen[bytes], connection: socket.socket, life: int, 
         popen.wait(timeout=5)
     except subprocess.TimeoutExpired:  # stuck in the kernel; nothing more can be done
         pass
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _named(rows: Sequence[int], columns: Mapping[str, Any]) -> str:

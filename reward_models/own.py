@@ -58,14 +58,13 @@ def load_function(path: str, options: Mapping[str, Any]) -> Callable[..., Any]:
         near = difflib.get_close_matches(attribute, dir(module), n=1)
         raise ValueError(f"{source} has no function {attribute!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     _check_options(attribute, function, options)
-    signature = getattr(function, "signature", None) or signature_of(function, options)
     if isinstance(function, type):
         made = function(**options)
         if not callable(made):
             raise ValueError(f"instances of {attribute} cannot be called; give the class a __call__")
         if not hasattr(made, "signature"):
             try:
-                made.signature = signature
+                made.signature = signature_of(function, options)
             except AttributeError:  # __slots__
                 pass
         return made
@@ -76,6 +75,8 @@ def load_function(path: str, options: Mapping[str, Any]) -> Callable[..., Any]:
         return function(*args, **columns, **options)
 
     bound.__name__ = bound.__qualname__ = f"{attribute}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+    said = getattr(function, "signature", None)
+    signature = "|".join([str(said), *_listed(options)]) if said else signature_of(function, options)
     bound.signature = signature  # type: ignore[attr-defined]
     return bound
 
@@ -123,9 +124,13 @@ def signature_of(function: Any, options: Mapping[str, Any] | None = None) -> str
         source = inspect.getsource(kind)
     except (OSError, TypeError):
         source = _code(kind)
-    words = [f"{module}:{kind.__qualname__}", *(f"{key}:{value}" for key, value in sorted(said.items()))]
+    words = [f"{module}:{kind.__qualname__}", *_listed(said)]
     words += [f"source:{hashlib.sha256(source.encode()).hexdigest()[:12]}"] if source else []
     return "|".join(words).replace("\n", "\\n")
+
+
+def _listed(options: Mapping[str, Any]) -> list[str]:
+    return [f"{key}:{value}" for key, value in sorted(options.items())]
 
 
 def _code(value: Any) -> str:
@@ -138,8 +143,7 @@ def _code(value: Any) -> str:
         return repr(parts if isinstance(value, tuple) else sorted(parts))
     if isinstance(value, type):
         return "".join(f"{name}={code}" for name, member in sorted(vars(value).items()) if (code := _code(member)))
-    code = getattr(value, "__code__", None)
-    return "" if code is None else _code(code)
+    return _code(value.__code__) if hasattr(value, "__code__") else ""
 
 
 def read_message(connection: socket.socket, wait: Callable[[socket.socket], None] = lambda _: None) -> bytearray:
@@ -176,30 +180,38 @@ def run_child() -> None:
         os.set_inheritable(end, False)
     sys.argv[:] = ["reward"]
     _die_with_parent(watched)
+    pid, number = os.getpid(), 1  # number: of messages that came in; each answer carries it
+
+    def reply(state: str, said: Any) -> None:
+        if os.getpid() != pid:  # a fork that the reward made and let return: one answer is enough
+            os._exit(0)
+        write_message(connection, pickle.dumps((number, state, said), protocol=5))
+
     target, options = pickle.loads(read_message(connection))
     try:
         function = load_function(target, options)
     except BaseException as error:  # SystemExit at import too
-        return _reply(connection, "failed", _told(error))
+        return reply("failed", _told(error))
     signature = getattr(function, "signature", None) or signature_of(function)
     said = {"signature": str(signature), "increments": callable(getattr(function, "increments", None))}
-    _reply(connection, "ready", said)
+    reply("ready", said)
     loop = asyncio.new_event_loop()  # one for all calls, so that an async reward may keep its connections open
     while True:
         try:
             message = read_message(connection)
         except (EOFError, ConnectionError):
             return
+        number += 1
         call, columns = None, {}
         try:
             method, columns = pickle.loads(message)
             call = function if method == "__call__" else getattr(function, method)
             answer = _answer(call, columns, loop)
         except BaseException as error:
-            _reply(connection, "raised", _told(error))
-            _reply(connection, "row", call and _failing_row(call, columns, loop))
+            reply("raised", _told(error))
+            reply("row", call and _failing_row(call, columns, loop))
         else:
-            _reply(connection, "values", answer)
+            reply("values", answer)
 
 
 def _die_with_parent(watched: int) -> None:
@@ -219,14 +231,12 @@ def _die_with_parent(watched: int) -> None:
             os._exit(1)
 
 
-def _reply(connection: socket.socket, state: str, said: Any) -> None:
-    write_message(connection, pickle.dumps((state, said), protocol=5))
-
-
 def _told(error: BaseException) -> str:
+    """What was raised in one line, and below it the end of the traceback."""
+    said = " ".join("".join(traceback.format_exception_only(error)).split())
     lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
     own = [i for i, line in enumerate(lines) if line.startswith("  File ") and __file__ not in line]
-    return "\n".join(lines[max(own[0] if own else 0, len(lines) - TRACEBACK_LINES) :])
+    return "\n".join([said, *lines[max(own[0] if own else 0, len(lines) - TRACEBACK_LINES) :]])
 
 
 def _answer(call: Callable[..., Any], columns: dict[str, Any], loop: asyncio.AbstractEventLoop) -> tuple[Any, Any]:

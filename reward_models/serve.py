@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import ipaddress
 import json
 import logging
@@ -41,6 +42,7 @@ from reward_models.wire import Refused, ScoreReply, ScoreRequest, check_values, 
 
 _log = logging.getLogger("reward_models.serve")
 _MAX_ROWS_PER_CALL = 1024  # how many rows of waiting requests are put together
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # names and numbers of <malloc.h>
 
 
 class RewardsFailed(Exception):
@@ -79,15 +81,18 @@ class Batcher:
     async def run(self) -> None:
         """Serve the queue for ever."""
         while True:
-            batch = [await self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-            groups: dict[frozenset[str], list[_Waiting]] = {}
-            for waiting in batch:
-                groups.setdefault(frozenset(waiting.columns), []).append(waiting)
-            for group in groups.values():
-                for part in _parts(group):
-                    await self._together(part)
+            await self._next()  # in a frame of its own: what it knows of a batch must not outlive the batch
+
+    async def _next(self) -> None:
+        batch = [await self._queue.get()]
+        while not self._queue.empty():
+            batch.append(self._queue.get_nowait())
+        groups: dict[frozenset[str], list[_Waiting]] = {}
+        for waiting in batch:
+            groups.setdefault(frozenset(waiting.columns), []).append(waiting)
+        for group in groups.values():
+            for part in _parts(group):
+                await self._together(part)
 
     async def _together(self, group: list[_Waiting]) -> None:
         group = [waiting for waiting in group if not waiting.answer.done()]  # gave up meanwhile
@@ -218,12 +223,15 @@ def _failure(error: BaseException | None) -> JSONResponse:
 
 def _read(message: list[MutableMapping[str, Any]], model: type[ScoreRequest], limits: Limits) -> dict[str, list[Any]]:
     """The columns of a request. The message is taken out of its list, so that the body is gone once it is parsed."""
+    request: ScoreRequest | Refused
     try:
         request = model.model_validate_json(message.pop()["body"])
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))[:200]
-        raise Refused(422, f"{where or 'body'}: {first['msg'][:200]}") from None
+        request = Refused(422, f"{where or 'body'}: {first['msg'][:200]}")
+    if isinstance(request, Refused):  # raised out here, it does not hold on to an error that may have many lines
+        raise request
     check_values(request.samples, limits.max_text)
     return columns_of(request, read_pictures(request.images, limits.max_megapixels * 1e6))
 
@@ -260,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    _return_memory()
     ImpatientProtocol.head_timeout = limits.read_timeout
     config = uvicorn.Config(
         app,
@@ -277,6 +286,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no token: everybody on this machine may ask; set REWARD_TOKEN to change that", file=sys.stderr)
     uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+def _return_memory() -> None:
+    """Have glibc give large blocks back to the system at once; by itself it keeps what one large body took."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
+        for parameter, value in ((_M_MMAP_THRESHOLD, 65536), (_M_TRIM_THRESHOLD, 65536), (_M_ARENA_MAX, 1)):
+            if mallopt is not None:
+                mallopt(parameter, value)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -24,13 +24,16 @@ RESERVED = frozenset(
     | {"pieces", "step", "group_size", "training"}
 )
 
-# One match per JSON value or key, and one at the end. Nothing in it can fail after it has read ahead (a string may lack
-# its closing quote), so that any bytes take time in proportion to their number.
-_VALUE = re.compile(rb'[\s,:\]}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[^\s\[\]{},:"]++)?', re.DOTALL)
+# The group is a JSON value or key; only at the end is there none. Nothing in it can fail after it has read ahead (a
+# string may lack its closing quote), so that any bytes take time in proportion to their number.
+_VALUE = re.compile(rb'[\s,:\]}]*+("[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[^\s\[\]{},:"]++)?', re.DOTALL)
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_FIRST = Field(fail_fast=True)  # of a list with many errors one is enough: each takes more memory than the item
 
 
 class TextPart(_Model):
@@ -46,16 +49,16 @@ class ImagePart(_Model):
 
 class Message(_Model):
     role: str
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], _FIRST]
 
 
 class Sample(_Model):
     """One row: what a reward is given. `images` are indices into the request's; `columns` are any other columns."""
 
-    prompt: str | list[Message] | None = None
-    completion: str | list[Message]
-    references: list[str] | None = None
-    images: list[Annotated[int, Field(ge=0)]] | None = None
+    prompt: str | Annotated[list[Message], _FIRST] | None = None
+    completion: str | Annotated[list[Message], _FIRST]
+    references: Annotated[list[str], _FIRST] | None = None
+    images: Annotated[list[Annotated[int, Field(ge=0)]], _FIRST] | None = None
     columns: dict[str, JsonValue] = {}
 
 
@@ -95,9 +98,9 @@ def count_values(body: bytes | bytearray, most: int) -> int:
 
     An object costs the parser several hundred bytes, however few characters it is written in.
     """
-    count = -1  # the match at the end
-    for _ in _VALUE.finditer(body):
-        count += 1
+    count = 0
+    for match in _VALUE.finditer(body):
+        count += match.lastindex or 0
         if count > most:
             break
     return count

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mmft.training.run import rows_of
-from reward_models import DocumentFrequencies, build_rewards
+from mmft.training.run import rewards_of, rows_of
+from reward_models import DocumentFrequencies
 from reward_models.probes import RewardReport, probe_rewards
 
 
@@ -15,7 +15,5 @@ def doctor_rewards(recipe, rows: int = 64) -> RewardReport:
     """
     train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
     corpus = train.references()
-    rewards = build_rewards(
-        [reward.model_dump() for reward in recipe.rewards], DocumentFrequencies.from_references(corpus)
-    )
+    rewards = rewards_of(recipe, DocumentFrequencies.from_references(corpus))
     return probe_rewards(rewards, [held_out[i] for i in range(min(rows, len(held_out)))], corpus)

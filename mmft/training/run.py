@@ -24,8 +24,9 @@ from mmft.training.monitor import Monitor
 from mmft.training.summary import write_summary
 from mmft.training.trainer import A2CTrainer, PPOTrainer, RewardError
 from mmft.training.warm_start import warm_start
-from mmft.vlm.load import build_policy, load_model, lora_config
-from reward_models import DocumentFrequencies, build_rewards
+from mmft.vlm.load import build_policy, load_model, lora_config, resolve
+from reward_models import DocumentFrequencies, WeightedRewards, build_rewards
+from reward_models.preference.folder import backbone_name
 
 
 def run(recipe, resume: str | None = None) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def assemble(recipe, resume: str | None = None) -> PPOTrainer:
     set_seed(recipe.seed)  # of new weights: adapters start at random
     train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
     frequencies = DocumentFrequencies.from_references(train.references())
-    rewards = build_rewards([reward.model_dump() for reward in recipe.rewards], frequencies)
+    rewards = rewards_of(recipe, frequencies)
     output = prepare_folder(recipe, frequencies)
 
     def trainer(name: str) -> PPOTrainer:
@@ -90,6 +91,19 @@ def assemble(recipe, resume: str | None = None) -> PPOTrainer:
         warm_start(recipe, train, started)
         set_seed(recipe.seed)
     return trainer(str(started))
+
+
+def rewards_of(recipe, frequencies: DocumentFrequencies) -> WeightedRewards:
+    """The rewards of a recipe. A preference head that was trained on a bundled model is told where that is here."""
+    specs = [reward.model_dump() for reward in recipe.rewards]
+    for i, spec in enumerate(specs):
+        options = spec["options"]
+        if spec["name"] == "preference" and "path" in options and "backbone" not in options:
+            try:
+                spec["options"] = options | {"backbone": resolve(backbone_name(options["path"]))}
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"rewards[{i}] (preference): {error}") from error
+    return build_rewards(specs, frequencies)
 
 
 def prepare_folder(recipe, frequencies: DocumentFrequencies) -> Path:

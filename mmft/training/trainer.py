@@ -80,7 +80,8 @@ class PPOTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         _require_columns(train_dataset, "train_dataset")
         self.reward_funcs = as_rewards(reward_funcs, self.config.reward_weights)
-        if self.config.critic == "none" and (dense := [p.name for p in self.reward_funcs.parts if p.credit != "last"]):
+        dense = [part.name for part in self.reward_funcs.parts if part.credit != "last" and part.weight != 0.0]
+        if self.config.critic == "none" and dense:
             raise ValueError(
                 f"reward {dense[0]!r} is credited token by token, but critic='none' takes a response as one action: "
                 "train a critic, or credit the last token"

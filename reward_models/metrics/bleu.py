@@ -19,7 +19,7 @@ import numpy as np
 
 from reward_models.metrics.ngrams import Growing, Tokens, occurrences
 from reward_models.metrics.reference_metric import Level, ReferenceMetric
-from reward_models.metrics.text import check_rows
+from reward_models.metrics.text import check_rows, flag, whole
 
 _TINY, _SMALL = 1e-15, 1e-9
 _VERSION = 1
@@ -77,9 +77,8 @@ class Bleu(ReferenceMetric):
         tokenizer: str = "simple",
         cache_size: int = 8192,
     ) -> None:
-        if not isinstance(n, int) or not 1 <= n <= 9:
-            raise ValueError(f"bleu: n must be 1 to 9, got {n!r}")
-        self.n, self.smooth, self.eos, self.tokenizer = n, bool(smooth), bool(eos), tokenizer
+        self.n, self.tokenizer = whole("bleu", "n", n, most=9), tokenizer
+        self.smooth, self.eos = flag("bleu", "smooth", smooth), flag("bleu", "eos", eos)
         self.__name__ = f"bleu_{n}"
         self._set_up(tokenizer, {}, cache_size)
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from reward_models.metrics.ngrams import MAX_ORDER, DocumentFrequencies, Growing, Tokens, occurrences
 from reward_models.metrics.reference_metric import Level, ReferenceMetric, Slots
+from reward_models.metrics.text import flag, real, whole
 
 _VERSION = 1
 
@@ -47,9 +48,8 @@ class _TfIdfCosine(ReferenceMetric):
     def __init__(self, df: DocumentFrequencies, *, eos: bool, n: int, cache_size: int) -> None:
         if not isinstance(df, DocumentFrequencies):
             raise ValueError(f"{self.__name__}: df must be DocumentFrequencies of a corpus, got {type(df).__name__}")
-        if not 1 <= n <= MAX_ORDER:
-            raise ValueError(f"{self.__name__}: n must be 1 to {MAX_ORDER}, got {n!r}")
-        self.df, self.eos, self.n = df, bool(eos), int(n)
+        self.df, self.eos = df, flag(self.__name__, "eos", eos)
+        self.n = whole(self.__name__, "n", n, most=MAX_ORDER)
         self._set_up(df.tokenizer, df.ids, cache_size)
 
     def _signature(self, name: str, options: str = "") -> str:
@@ -164,7 +164,7 @@ class CiderD(_TfIdfCosine):
         n: int = 4,
         cache_size: int = 8192,
     ) -> None:
-        if not sigma > 0:
+        if not real("cider_d", "sigma", sigma) > 0:
             raise ValueError(f"cider_d: sigma must be above 0, got {sigma!r}")
         self.sigma = float(sigma)
         super().__init__(df, eos=eos, n=n, cache_size=cache_size)

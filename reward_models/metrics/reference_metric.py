@@ -19,7 +19,7 @@ import numpy as np
 
 from reward_models.metrics.ngrams import SHIFT, Growing, Tokens, Trie, grow, spread, take_rows
 from reward_models.metrics.pieces import Reader, joined
-from reward_models.metrics.text import check_rows
+from reward_models.metrics.text import check_rows, whole
 
 _CELLS = 1 << 19  # words x references of a block of rows that is worked on at once: bounds memory, fits the cache
 _REMEMBERED = 1 << 18  # chunks and words outside the corpus that are remembered
@@ -83,11 +83,9 @@ class ReferenceMetric:
 
     def _set_up(self, tokenizer: str, known: Mapping[str, int], cache_size: int) -> None:
         """known: words with ids of their own, before any text is seen."""
-        if cache_size < 1:
-            raise ValueError(f"{self.__name__}: cache_size must be at least 1, got {cache_size!r}")
         self._tokenizer, self._known = tokenizer, known
         self._cache: dict[tuple[str, ...], int] = {}  # references -> number of the picture in the pool
-        self._cache_size = cache_size
+        self._cache_size = whole(self.__name__, "cache_size", cache_size)
         self._reset()
 
     def _reset(self) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from reward_models.metrics.ngrams import Growing, Tokens
 from reward_models.metrics.reference_metric import Level, ReferenceMetric, Slots
+from reward_models.metrics.text import flag, real
 
 _VERSION = 1
 _BITS = 64
@@ -37,9 +38,9 @@ class RougeL(ReferenceMetric):
     def __init__(
         self, *, beta: float = 1.2, eos: bool = False, tokenizer: str = "simple", cache_size: int = 8192
     ) -> None:
-        if not beta > 0:
+        if not real("rouge_l", "beta", beta) > 0:
             raise ValueError(f"rouge_l: beta must be above 0, got {beta!r}")
-        self.beta, self.eos, self.tokenizer = float(beta), bool(eos), tokenizer
+        self.beta, self.eos, self.tokenizer = float(beta), flag("rouge_l", "eos", eos), tokenizer
         self._set_up(tokenizer, {}, cache_size)
 
     @property

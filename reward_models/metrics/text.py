@@ -21,7 +21,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import chain
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def flag(name: str, option: str, value: Any) -> bool:
 
 def whole(name: str, option: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """An option that is a whole number within limits; ValueError for anything else, True and 2.0 included."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most and value > most):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= (most or value):
         limits = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name}: {option} must be a whole number {limits}, got {value!r}")
     return int(value)

@@ -45,9 +45,10 @@ class PreferenceReward:
         device: str | None = None,
         cache_bytes: int = 256 << 20,
     ):
-        for name, value in (("path", path), ("backbone", backbone)):
-            if not isinstance(value, str | Path) and (name == "path" or value is not None):
-                raise ValueError(f"{name}: expected a folder, got {value!r}")
+        if not isinstance(path, str | Path):
+            raise ValueError(f"path: expected a folder, got {path!r}")
+        if not isinstance(backbone, str | Path | None):
+            raise ValueError(f"backbone: expected a folder or hub id, got {backbone!r}")
         if isinstance(kappa, bool) or not isinstance(kappa, int | float) or not math.isfinite(kappa):
             raise ValueError(f"kappa: expected a finite number, got {kappa!r}")
         for name, number, least in (("mc_samples", mc_samples, 0), ("batch_size", batch_size, 1)):

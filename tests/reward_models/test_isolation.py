@@ -66,6 +66,15 @@ def dies(completions, **columns):
 def modules(completions, **columns):
     return [float("torch" in sys.modules)] * len(completions)
 
+def forks(completions, hide=False, **columns):
+    if hide: os.getpid = lambda pid=os.getpid(): pid
+    if not os.fork(): return [-1.0] * len(completions)
+    time.sleep(0.3)
+    return [1.0] * len(completions)
+
+def says_two_lines(completions, **columns):
+    raise ValueError("one\\ntwo")
+
 def odd(completions, **columns):
     return ["text", [1.0], object(), float("nan"), True]
 """
@@ -278,3 +287,56 @@ def test_a_killed_parent_takes_a_hanging_child_along(file, tmp_path):
     parent.kill()
     parent.wait()
     assert gone(pids)
+
+
+def test_a_fork_that_returns_is_not_heard(file):
+    """The copy would answer first, and the answers to all later calls would be one call late."""
+    with Isolated(f"{file}:forks") as reward:
+        assert [reward(completions=["a"] * n) for n in (1, 2, 3)] == [[1.0] * n for n in (1, 2, 3)]
+
+
+def test_an_answer_to_an_earlier_call_is_refused(file):
+    """The copy pretends to be the original, so that both answer the first call."""
+    with Isolated(f"{file}:forks", {"hide": True}) as reward:
+        assert reward(completions=["a"]) == [-1.0]
+        time.sleep(0.5)
+        with pytest.raises(RuntimeError, match="forks': its process answered an earlier call again, on rows"):
+            reward(completions=["a", "b"])
+        assert reward(completions=["a"]) == [-1.0], "the next call starts a fresh child"
+
+
+class Here:
+    """The child does not have this file's module."""
+
+
+def test_a_column_that_the_child_cannot_read_is_no_answer_out_of_step(file):
+    with Isolated(f"{file}:length") as reward:
+        reward(completions=["a"])
+        Here.__module__ = "nowhere"
+        sys.modules["nowhere"] = sys.modules[__name__]
+        try:
+            with pytest.raises(RuntimeError, match="raised .*: ModuleNotFoundError: No module named 'nowhere'"):
+                reward(completions=["a"], thing=[Here()])
+        finally:
+            del sys.modules["nowhere"]
+        assert reward(completions=["abc"]) == [3.0]
+
+
+def test_a_file_that_isolates_itself_makes_no_chain(tmp_path):
+    path = tmp_path / "chain.py"
+    source = "from reward_models.isolation import Isolated\nstarted = Isolated(__file__ + ':f')\ndef f(**_): pass\n"
+    path.write_text(source)
+    with pytest.raises(ValueError, match="a reward's child process cannot start another one"):
+        Isolated(f"{path}:f", startup_timeout=20)
+
+
+def test_the_first_line_of_an_error_says_what_and_where(file, tmp_path):
+    """A caller may show one line only."""
+    with Isolated(f"{file}:says_two_lines") as reward:
+        with pytest.raises(RuntimeError) as caught:
+            reward(completions=["a"])
+    assert str(caught.value).splitlines()[0].endswith("says_two_lines' raised (row 0 of 1): ValueError: one two")
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    with pytest.raises(ValueError) as caught:
+        Isolated(f"{tmp_path}/broken.py:f")
+    assert "ModuleNotFoundError: No module named 'nothing_of_this_name'" in str(caught.value).splitlines()[0]

@@ -13,8 +13,17 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from reward_models.preference import FUSIONS, Pair, PreferenceReward, Rating, bradley_terry_loss, train_preference
+from reward_models.preference import (
+    FUSIONS,
+    Pair,
+    PreferenceReward,
+    Rating,
+    backbone_name,
+    bradley_terry_loss,
+    train_preference,
+)
 from reward_models.preference.backbone import Backbone, Row, fingerprint, inner_model, load_backbone
+from reward_models.preference.folder import save_folder
 from reward_models.preference.fusion import FusionHead, PreferenceHead
 
 BUNDLED = str(Path(__file__).parents[2] / "mmft" / "assets" / "scenes_vlm")
@@ -40,6 +49,7 @@ ROWS = [
     Row(PROMPT, (), "a red square on a white background and a blue circle"),
     Row([{"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "image"}]}], (PICTURES["red"],), ""),
 ]
+PICTURED = [ROWS[0], ROWS[1], Row(PROMPT, (PICTURES["red"], PICTURES["green"]), "two walls"), ROWS[3]]
 
 
 @pytest.fixture(scope="module")
@@ -230,18 +240,18 @@ def test_calibration_and_zero_are_in_the_reward(adapted):
 
 def test_score_does_not_depend_on_batch_mates(adapted):
     reward = PreferenceReward.load(adapted, kappa=0.5, mc_samples=2)
-    together = reward(**columns(ROWS)).values
-    alone = [reward(**columns([row])).values[0] for row in ROWS]
+    together = reward(**columns(PICTURED)).values
+    alone = [reward(**columns([row])).values[0] for row in PICTURED]
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    assert len({round(v, 4) for v in together}) == len(ROWS)
+    assert len({round(v, 4) for v in together}) == len(PICTURED)
 
 
 def test_lower_bound_is_mean_less_kappa_std(adapted):
     """Kills std over rows, sample instead of population std, and a std in another unit than the mean."""
     facts = json.loads((adapted / "preference.json").read_text())
     reward = PreferenceReward.load(adapted, kappa=2.0)
-    values, logged = reward(**columns(ROWS))
-    one, other = (reward.judge.rewards(ROWS) - facts["shift"]) / facts["scale"]
+    values, logged = reward(**columns(PICTURED))
+    one, other = (reward.judge.rewards(PICTURED) - facts["shift"]) / facts["scale"]
     np.testing.assert_allclose(logged["std"], np.abs(one - other) / 2, atol=1e-9)
     np.testing.assert_allclose(values, (one + other) / 2 - np.abs(one - other), atol=1e-9)
 
@@ -279,7 +289,7 @@ def test_four_bit_backbone(tmp_path, tiny_model):
     }
     train_preference(colour_pairs(4), tmp_path, log=None, **options)
     reward = PreferenceReward.load(tmp_path)
-    assert np.isfinite(reward(**columns(ROWS)).values).all()
+    assert np.isfinite(reward(**columns(PICTURED)).values).all()
     assert any(type(p).__name__ == "Params4bit" for p in reward.judge.backbone.model.parameters())
 
 
@@ -290,20 +300,59 @@ def test_errors_say_what_is_wrong(adapted, tmp_path):
     reward = PreferenceReward.load(adapted)
     with pytest.raises(ValueError, match="no column 'image' or 'images'"):
         reward(prompts=[PROMPT], completions=["a"])
-    with pytest.raises(ValueError, match="2 prompts for 1 completions"):
+    with pytest.raises(ValueError, match="prompts: 2 values for 1 completions"):
         reward(prompts=[PROMPT] * 2, completions=["a"], image=[PICTURES["red"]])
-    with pytest.raises(ValueError, match="places for 1 pictures, the row has 0"):
-        reward(prompts=[ROWS[3].prompt], completions=["a"], image=[None])
+    with pytest.raises(ValueError, match="places for 1 pictures, the row has 2"):
+        reward(prompts=[ROWS[3].prompt], completions=["a"], images=[[PICTURES["red"]] * 2])
     with pytest.raises(ValueError, match="holds no preference head"):
         PreferenceReward.load(tmp_path)
-    with pytest.raises(ValueError, match="kappa"):
-        PreferenceReward.load(adapted, kappa=-1)
     with pytest.raises(ValueError, match="all Pair or all Rating"):
         train_preference([*colour_pairs(1), Rating(PROMPT, (), "a", 1.0)], tmp_path, backbone=BUNDLED)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="unknown option 'batchsize'; did you mean 'batch_size'"):
         train_preference(colour_pairs(1), tmp_path, backbone=BUNDLED, batchsize=2)
     with pytest.raises(ValueError, match="could not be loaded"):
         train_preference(colour_pairs(1), tmp_path, backbone=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kappa": -1}, "kappa: expected 0 or more, got -1"),
+        ({"kappa": float("nan")}, "kappa: expected a finite number, got nan"),
+        ({"kappa": "1"}, "kappa: expected a finite number, got '1'"),
+        ({"mc_samples": 1.7}, "mc_samples: expected a whole number of at least 0, got 1.7"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
+        ({"cache_bytes": True}, "cache_bytes: expected a whole number of at least 0, got True"),
+        ({"device": "cuda:99"}, "device: expected one of this machine, .*, got 'cuda:99'"),
+        ({"device": "gpu"}, "device: .* got 'gpu'"),
+        ({"backbone": 3}, "backbone: expected a folder or hub id, got 3"),
+        ({"path": None}, "path: expected a folder, got None"),
+    ],
+)
+def test_wrong_options_are_named_at_once(options, said, adapted):
+    """Kills options that are rounded or compared away (NaN < 0 is false), or that fail only when a row is scored."""
+    with pytest.raises(ValueError, match=f"^{said}"):
+        PreferenceReward(**{"path": adapted, **options})
+
+
+def test_pictures_of_both_columns_are_read(adapted):
+    """Kills one column hiding the other, and a made-up value where the head has seen no picture in training."""
+    reward = PreferenceReward.load(adapted)
+    red, blue = PICTURES["red"], PICTURES["blue"]
+    given = {"prompts": [PROMPT] * 5, "completions": ["a red wall"] * 5}
+    values, logged = reward(**given, image=[red, blue, None, None, red], images=[None, [], None, [red, blue], [blue]])
+    rows = [Row(PROMPT, pictures, "a red wall") for pictures in ((red,), (blue,), (red, blue), (blue,))]
+    expected = reward.mean_and_std(rows)[0]
+    np.testing.assert_allclose([values[i] for i in (0, 1, 3, 4)], expected, atol=1e-5)
+    assert values[2] is None and logged["std"][2] is None and logged["std"][0] > 0
+    assert reward(prompts=[PROMPT], completions=["a"], image=[None]).values == [None]
+
+
+def test_a_head_that_has_seen_texts_alone_judges_them(tmp_path):
+    pairs = [*colour_pairs(2), Pair(PROMPT, (), "yes", "no")]
+    train_preference(pairs, tmp_path, log=None, backbone=BUNDLED, lora=0, steps=1, batch_size=2, width=8)
+    reward = PreferenceReward.load(tmp_path)
+    assert np.isfinite(reward(prompts=[PROMPT], completions=["a"]).values).all()
 
 
 def test_one_head_has_no_bound(frozen):
@@ -321,9 +370,74 @@ def test_altered_files_are_refused(name, adapted, tmp_path):
         PreferenceReward.load(folder)
 
 
+def test_a_head_of_an_earlier_version_is_refused(adapted, tmp_path):
+    folder = shutil.copytree(adapted, tmp_path / "copy")
+    path = folder / "preference.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(ValueError, match="format 1, expected 2; it is of an earlier version: train the head again"):
+        PreferenceReward.load(folder)
+
+
+# ---------------------------------------------------------------- the folder
+
+QUICK = {"backbone": BUNDLED, "lora": 0, "steps": 1, "batch_size": 2, "width": 8, "log": None}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("foreign", ["recipe.yaml", "adapter/adapter_model.safetensors", "head.safetensors"])
+def test_a_folder_with_something_else_is_left_alone(foreign, tmp_path):
+    """Kills the loss of a training run whose folder was named by mistake; said before anything is trained."""
+    path = tmp_path / foreign
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("hours of work")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds other files .* and no preference.json; expected a new or empty folder"):
+        train_preference(colour_pairs(2), tmp_path, **QUICK | {"backbone": "not even looked for"})
+    with pytest.raises(ValueError, match="holds other files"):  # also if they came while it was trained
+        save_folder(tmp_path, {}, PreferenceHead(8, 8, 8), None)
+    assert contents(tmp_path) == before
+
+
+def test_an_earlier_head_is_replaced_and_nothing_else(adapted, tmp_path):
+    folder = shutil.copytree(adapted, tmp_path / "copy")
+    (folder / "notes.txt").write_text("mine")
+    run = shutil.copytree(folder, tmp_path / "run")
+    (run / "adapter" / "adapter_model.safetensors").write_text("of a policy trained into the same folder")
+    before = contents(run)
+    with pytest.raises(ValueError, match="adapter_model.safetensors is not a file of the preference head"):
+        train_preference(colour_pairs(2), run, **QUICK)
+    assert contents(run) == before
+    train_preference(colour_pairs(2), folder, **QUICK)
+    assert PreferenceReward.load(folder).facts["adapter"] is False
+    assert set(contents(folder)) == {"notes.txt", "README.md", "head.safetensors", "preference.json"}
+
+
+def test_a_head_says_its_backbones_name_and_not_where_it_lay(tmp_path):
+    """Kills machine paths in what is shared, PEFT's own file among it; and a missing backbone found in mid-run."""
+    options = QUICK | {"lora": 2, "backbone_name": "scenes-vlm"}
+    train_preference(colour_pairs(2), tmp_path / "named", **options)
+    place = str(Path(BUNDLED).parent).encode()
+    assert not [name for name, raw in contents(tmp_path / "named").items() if place in raw]
+    assert backbone_name(tmp_path / "named") == "scenes-vlm"
+    assert "backbone: `scenes-vlm`" in (tmp_path / "named" / "README.md").read_text()
+    with pytest.raises(ValueError, match="'scenes-vlm' could not be loaded .* trained on as option backbone"):
+        PreferenceReward.load(tmp_path / "named").prepare()
+    reward = PreferenceReward.load(tmp_path / "named", backbone=BUNDLED)
+    reward.prepare()
+    judge = reward.judge
+    reward.prepare()
+    assert reward.judge is judge
+    train_preference(colour_pairs(2), tmp_path / "folder", **QUICK)
+    assert backbone_name(tmp_path / "folder") == BUNDLED
+    assert "backbone: `scenes_vlm`" in (tmp_path / "folder" / "README.md").read_text()
+
+
 def test_another_backbone_is_refused(adapted, tiny_model):
     with pytest.raises(ValueError, match="are not those that the preference head"):
-        PreferenceReward.load(adapted, backbone=tiny_model("llava"))(**columns(ROWS))
+        PreferenceReward.load(adapted, backbone=tiny_model("llava")).prepare()
 
 
 # ---------------------------------------------------------------- sharing a policy's weights
@@ -373,7 +487,7 @@ def test_a_shared_policy_is_left_as_it_was(which, request):
     The head's adapter reaches layers that the policy's does not, so that new layers are wrapped as well.
     """
     folder = request.getfixturevalue(which)
-    own = PreferenceReward.load(folder)(**columns(ROWS)).values
+    own = PreferenceReward.load(folder)(**columns(PICTURED)).values
     policy, processor = make_policy()
     before, output, size = snapshot(policy), policy_output(policy), sum(p.numel() for p in policy.parameters())
     reward = PreferenceReward.load(folder).share(policy, processor)
@@ -381,7 +495,7 @@ def test_a_shared_policy_is_left_as_it_was(which, request):
         assert snapshot(policy) == before
         assert torch.equal(policy_output(policy), output)
         state = torch.get_rng_state()
-        np.testing.assert_allclose(reward(**columns(ROWS)).values, own, atol=1e-5)
+        np.testing.assert_allclose(reward(**columns(PICTURED)).values, own, atol=1e-5)
         assert torch.equal(torch.get_rng_state(), state)
     added = sum(p.numel() for p in policy.parameters()) - size
     assert added == (0 if which == "frozen" else 27_456)  # 4 x (256 + 192 + 192 + 256 + 3 x 464) x 3 layers
@@ -392,11 +506,11 @@ def test_a_shared_policy_is_left_as_it_was_after_an_error(adapted):
     reward = PreferenceReward.load(adapted).share(policy, processor)
     before = snapshot(policy)
     with pytest.raises(ValueError, match="row 0"):
-        reward(prompts=[ROWS[3].prompt], completions=["a"], image=[None])
+        reward(prompts=[ROWS[3].prompt], completions=["a"], images=[[PICTURES["red"]] * 2])
     assert snapshot(policy) == before
     with policy.disable_adapter():  # as a policy does for its reference
         inside = snapshot(policy)
-        reward(**columns(ROWS))
+        reward(**columns(PICTURED))
         assert snapshot(policy) == inside
 
 
@@ -415,11 +529,70 @@ def test_sharing_is_refused_where_it_would_be_wrong(adapted):
     with pytest.raises(ValueError, match="an adapter 'preference' already"):
         PreferenceReward.load(adapted).share(policy, processor, "preference")
     second = PreferenceReward.load(adapted).share(policy, processor)  # under a name of its own
-    np.testing.assert_allclose(second(**columns(ROWS)).values, reward(**columns(ROWS)).values, atol=1e-6)
+    np.testing.assert_allclose(second(**columns(PICTURED)).values, reward(**columns(PICTURED)).values, atol=1e-6)
     with torch.no_grad():
         weight[0, 0] += 1
     with pytest.raises(ValueError, match="are not those that the preference head was trained on"):
         PreferenceReward.load(adapted).share(policy, processor, "another")
+
+
+@pytest.mark.parametrize("which", ["adapted", "frozen"])
+def test_sharing_again_moves_the_head(which, request):
+    """Kills a judge left in a model that is thrown away, wrapped layers included, and scores read through the old."""
+    folder = request.getfixturevalue(which)
+    (old, processor), (new, _) = make_policy(), make_policy()
+    names, before, output = [n for n, _ in old.named_modules()], snapshot(old), policy_output(old)
+    reward = PreferenceReward.load(folder, cache_bytes=1000).share(old, processor)
+    values = reward(**columns(PICTURED)).values
+    reward.share(new, processor)
+    assert [n for n, _ in old.named_modules()] == names and list(old.peft_config) == ["default"]
+    assert snapshot(old) == before and torch.equal(policy_output(old), output)
+    assert reward.judge.backbone.model is new and reward.judge.backbone.cache_bytes == 1000
+    np.testing.assert_allclose(reward(**columns(PICTURED)).values, values, atol=1e-5)
+    reward.share(new, processor)  # the same once more: one adapter, not two
+    assert list(new.peft_config) == ["default", *(["preference"] if which == "adapted" else [])]
+
+
+def test_a_refused_model_is_not_scored_with_the_one_before(adapted):
+    """Kills the model of an earlier trainer kept in memory when the next one cannot be shared."""
+    policy, processor = make_policy()
+    names = [n for n, _ in policy.named_modules()]
+    reward = PreferenceReward.load(adapted).share(policy, processor)
+    other, _ = make_policy()
+    with torch.no_grad():
+        other.get_base_model().get_output_embeddings().weight[0, 0] += 1
+    with pytest.raises(ValueError, match="are not those"):
+        reward.share(other, processor)
+    assert [n for n, _ in policy.named_modules()] == names
+    assert np.isfinite(reward(**columns(PICTURED)).values).all()
+    assert reward.judge.backbone.model not in (policy, other)
+
+
+def test_noise_on_any_one_linear_shows_in_the_fingerprint():
+    """Kills a hash that looks at some layers only. Sixteen of the tensors were once all it saw."""
+    model = load_backbone(BUNDLED)[0]
+    known, linears = fingerprint(model), [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) > 30
+    for linear in linears:
+        kept = linear.weight.detach().clone()
+        with torch.no_grad():
+            linear.weight.add_(0.01 * torch.randn_like(kept))
+            assert fingerprint(model) != known
+            linear.weight.copy_(kept)
+    assert fingerprint(model) == known
+
+
+def test_fingerprint_looks_at_every_column_of_a_matrix():
+    """Kills equal steps, which in a matrix fall into one column or a few: of 32 columns at least 20 are met."""
+    module = torch.nn.Linear(32, 64, bias=False)
+    known, met = fingerprint(module), 0
+    for column in range(32):
+        kept = module.weight.detach().clone()
+        with torch.no_grad():
+            module.weight[:, column] += 1
+            met += fingerprint(module) != known
+            module.weight.copy_(kept)
+    assert met >= 20
 
 
 def test_fingerprint_is_of_the_base_alone():

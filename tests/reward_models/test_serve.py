@@ -32,12 +32,14 @@ from reward_models.metrics.bleu import Bleu  # noqa: E402
 ROOT = Path(__file__).parents[2]
 TOKEN = "s3cret-token-of-the-tests"
 REWARDS = """
-import time
+import sys, time
 
 def length(completions, **columns):
     if "boom" in completions: raise RuntimeError("/secret/path in the message")
     if "sleep" in completions: time.sleep(0.4)
     if "long" in completions: time.sleep(2.2)
+    if "exit" in completions: sys.exit("never")
+    if "stop" in completions: raise StopIteration
     if "inf" in completions: return [float("inf")] * len(completions)
     return [None if not text else float(len(text)) for text in completions]
 
@@ -99,7 +101,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         {"name": f"{own}seen", "as": "seen", "weight": 0.0},
     ]
     limits = ["--max-body-mb", "2", "--max-images", "4", "--max-megapixels", "2", "--max-samples", "200"]
-    running = Server(folder, specs, *limits, "--read-timeout", "1", "--score-timeout", "1.5", "--max-concurrent", "4")
+    running = Server(
+        folder,
+        specs,
+        *limits,
+        "--max-held-mb",
+        "10",
+        "--read-timeout",
+        "1",
+        "--score-timeout",
+        "1.5",
+        "--max-concurrent",
+        "4",
+    )
     yield running
     running.stop()
 
@@ -225,6 +239,13 @@ def test_a_failing_request_harms_no_neighbour(server):
     assert server.score("inf").status_code == 422
 
 
+@pytest.mark.parametrize("text", ["exit", "stop"])
+def test_a_reward_that_exits_does_not_end_the_server(server, text):
+    """SystemExit in the event loop ends it, and StopIteration cannot be the exception of a future."""
+    assert server.score(text).status_code == 500
+    assert server.score("x").json()["scores"] == [1.0]
+
+
 # ------------------------------------------------------------------------------------------------------- access
 
 
@@ -248,6 +269,7 @@ def test_everything_but_health_needs_the_token(server):
         (["--host", "0.0.0.0"], "set a token"),
         (["--token-env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE"),
         (["--max-images", "0"], "max_images"),
+        (["--max-held-mb", "9"], "too little for one body"),
     ],
 )
 def test_wrong_options_are_refused_before_listening(options, said, monkeypatch, capsys):
@@ -292,6 +314,8 @@ def bomb(width: int, height: int) -> str:
         ({"samples": [{"completion": "a" * 100_001}]}, "100000 characters"),
         ({"samples": [{"completion": "a", "columns": {"deep": [["b" * 100_001]]}}]}, "100000 characters"),
         ({"samples": [{"completion": "a", "columns": {"training": True}}]}, "not the name of a column"),
+        ({"samples": [{"completion": "a", "columns": {"self": 1}}]}, "not the name of a column"),
+        ({"samples": [{"completion": "a", "columns": {"x": [[]] * 50_000}}]}, "more than 50000 JSON values"),
         (with_images(*[png(1, 1)] * 5), "at most 4"),
         (with_images(png(1500, 1500)), "megapixels"),
         (with_images(png(1200, 1000), png(1200, 1000)), "images.1.*megapixels"),
@@ -368,6 +392,84 @@ def test_a_slow_reward_gets_504(server):
     assert server.score("long").status_code == 504
     time.sleep(0.9)
     assert server.score("x").status_code == 200
+
+
+def test_values_are_counted_as_the_parser_sees_them():
+    """Commas and brackets in a text are no values; an open string must not make the count read the rest again."""
+    from reward_models.wire import count_values
+
+    value = {"a, [b": ['x,]y\\"{', 1, -2.5e3, None, {}, []], "c": "d"}
+    # the object, 2 keys, the list and its 6 items, "d"
+    assert count_values(json.dumps(value).encode(), 99) == count_values(json.dumps(value, indent=3).encode(), 99) == 11
+    began = time.monotonic()
+    for body in (b'"' + b'\\"' * 1_000_000, b'"' * 2_000_000, b" " * 2_000_000, b"]" * 2_000_000):
+        count_values(body, 10**9)
+    assert time.monotonic() - began < 5
+
+
+def fuzzed(seed: int, count: int) -> Iterator[bytes]:
+    """A good body with bytes changed, cut out or doubled."""
+    import random
+
+    chance = random.Random(seed)
+    good = json.dumps({**with_images(png(2, 2)), "samples": [{"completion": "ab", "columns": {"x": [1, "y"]}}]})
+    for _ in range(count):
+        body = bytearray(good.encode())
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(len(body))
+            body[at : at + chance.randint(0, 3)] = chance.choice(
+                (b"", b'"', b"{", b"[", b"1e9", b"\xff", body[at:][:40])
+            )
+        yield bytes(body)
+
+
+def test_it_survives_all_at_once(tmp_path):
+    """With the default limits: documented answers, memory within 50 MB, and it goes on."""
+    running = Server(tmp_path, [{"name": f"{tmp_path}/served.py:length"}], "--read-timeout", "2")
+    peak = [0]
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], running.rss())
+
+    def column(item: bytes, count: int) -> bytes:
+        return b'{"samples":[{"completion":"a","columns":{"x":[' + item * count + b"1]}}]}"
+
+    done = threading.Event()
+    watching = threading.Thread(target=watch)
+    try:
+        running.score("x")
+        before = running.rss()
+        watching.start()
+        with socket.create_connection(("127.0.0.1", running.port)) as slow:
+            slow.settimeout(5)
+            head = f"host: x\r\nauthorization: Bearer {TOKEN}\r\ncontent-type: application/json\r\n"
+            slow.sendall(f"POST /score HTTP/1.1\r\n{head}content-length: 100\r\n\r\n{{".encode())
+            refused = {
+                b" " * 20_000_000: 413,
+                json.dumps(with_images(*[png(1, 1)] * 50)).encode(): 422,
+                json.dumps({"samples": [{"completion": "a" * 1_000_000}]}).encode(): 422,
+                b'{"samples":[' + b'{"completion":""},' * 438_888 + b'{"completion":""}]}': 422,
+                column(b"[],", 2_600_000): 422,
+                b'{"samples":[{"completion":[' + b"{}," * 49_000 + b"{}]}]}": 422,
+                b'{"samples":[' + b'{"completion":""},' * 15_000 + b'{"completion":""}]}': 422,
+            }
+            assert [running.post(body).status_code for body in refused] == list(refused.values())
+            assert slow.recv(100).startswith(b"HTTP/1.1 408")
+        with httpx.Client(trust_env=False, timeout=20, headers={"authorization": f"Bearer {TOKEN}"}) as one:
+            post = {"url": f"{running.url}/score", "headers": {"content-type": "application/json"}}
+            statuses = {one.post(content=body, **post).status_code for body in fuzzed(0, 300)}
+        assert {422} <= statuses <= {200, 422}
+        for body in (column(b"{},", 48_000), json.dumps({"samples": [{"completion": "a" * 78_000}] * 25}).encode()):
+            with ThreadPoolExecutor(50) as pool:
+                statuses = set(pool.map(lambda _, body=body: running.post(body).status_code, range(50)))
+            assert statuses == {200, 429}
+        assert running.score("x").status_code == 200
+    finally:
+        done.set()
+        watching.join()
+        running.stop()
+    assert peak[0] - before < 50e6, f"grew by {(peak[0] - before) / 1e6:.0f} MB"
 
 
 # ------------------------------------------------------------------------------------------------ client errors

@@ -230,6 +230,13 @@ def test_the_signature_of_a_function_follows_its_code_and_not_its_place(tmp_path
         assert bound == signature("one", name, options={"k": 3}, timeout=30)
 
 
+def test_the_own_signature_of_a_function_gets_its_options(tmp_path):
+    own = tmp_path / "said.py"
+    own.write_text("def f(completions, k=1, **columns):\n    return [k]\nf.signature = 'f|version:2'\n")
+    lines = [build_rewards([{"name": f"{own}:f", "options": o}]).signature for o in ({}, {"k": 3})]
+    assert lines == ["f x 1: f|version:2", "f x 1: f|version:2|k:3"]
+
+
 def test_a_function_without_source_is_told_by_its_code():
     def made(text, line=0):
         scope = {"__name__": "typed"}
@@ -238,6 +245,17 @@ def test_a_function_without_source_is_told_by_its_code():
 
     assert made("c in {'a', 'b'}") == made("c in {'a', 'b'}", line=5) != made("c in {'a', 'c'}")
     assert made("1.0").startswith("f x 1: typed:f|source:")
+    code = (
+        'exec(\'def f(c): return c in {"a", "b", "c", "d"}\')\n'
+        "from reward_models.own import signature_of\nprint(signature_of(f))"
+    )
+    told = {  # a set of strings has another order in every process
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={"PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout
+        for seed in "123"
+    }
+    assert len(told) == 1 and "|source:" in told.pop()
     half = functools.partial(constant, values=[1])
     assert "test_weighted_rewards:constant|values:[1]|source:" in RewardPart("f", half).signature
 
@@ -321,6 +339,32 @@ def test_build_rewards_reads_names_weights_and_options(tmp_path):
 def test_mistakes_in_specs_are_named(spec, message):
     with pytest.raises(ValueError, match=message):
         build_rewards([spec], DF)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("cider_d", {"eos": "no"}, "cider_d: eos must be true or false, got 'no' (in YAML 1.2 yes, no, on and off are"),
+        ("cider", {"eos": 0}, "cider: eos must be true or false, got 0"),
+        ("cider_d", {"n": 2.5}, "cider_d: n must be a whole number from 1 to 4, got 2.5"),
+        ("cider_d", {"n": 5}, "cider_d: n must be a whole number from 1 to 4, got 5"),
+        ("cider_d", {"sigma": "6"}, "cider_d: sigma must be a number, got '6'"),
+        ("cider_d", {"cache_size": 1.5}, "cider_d: cache_size must be a whole number of at least 1, got 1.5"),
+        ("bleu", {"n": True}, "bleu: n must be a whole number from 1 to 9, got True"),
+        ("bleu", {"smooth": "no"}, "bleu: smooth must be true or false, got 'no'"),
+        ("bleu", {"eos": "off"}, "bleu: eos must be true or false, got 'off'"),
+        ("rouge_l", {"eos": "no"}, "rouge_l: eos must be true or false, got 'no'"),
+        ("rouge_l", {"beta": None}, "rouge_l: beta must be a number, got None"),
+    ],
+)
+def test_options_of_metrics_have_their_type(name, option, message):
+    with pytest.raises(ValueError, match=re.escape(f"rewards[0] ({name}): {message}")):
+        build_rewards([{"name": name, "options": option}], DF)
+
+
+def test_numbers_and_flags_of_numpy_are_numbers_and_flags():
+    metric = CiderD(DF, eos=np.bool_(False), n=np.int64(2), sigma=np.float32(3))
+    assert "|n:2|sigma:3|" in metric.signature and "eos:no" in metric.signature
 
 
 def test_a_weight_of_none_is_one():

@@ -174,7 +174,7 @@ def test_other_parts_silent_at_first_count_from_the_call_in_which_they_speak():
 
 
 def test_a_rare_penalty_never_passes_its_share():
-    # Its mean spread over many calls is small; a weight from that alone would make it ten times its share when it fires.
+    # Its mean spread over many calls is small; by that alone it would get ten times its share when it fires.
     rewards = shares()
     for step in range(100):
         y = 5.0 if step % 30 == 0 else 0.0

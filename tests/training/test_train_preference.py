@@ -16,7 +16,8 @@ from ruamel.yaml import YAML
 from mmft.data.preferences import scene_pairs
 from mmft.recipe_preference import PreferenceRecipe, load_preference_recipe
 from mmft.recipe_yaml import RecipeError
-from mmft.training.preference import as_ratings, demonstrations, gather, report, run_preference, text_only
+from mmft.training.preference import report, run_preference, text_only
+from mmft.training.preference_pairs import as_ratings, demonstrations, gather
 from reward_models.preference.pairs import Pair, Rating
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,8 @@ def test_the_resolved_copy_is_the_same_recipe(tmp_path):
 
 def test_every_field_is_read():
     """A key that nobody reads is a promise broken in silence."""
-    source = (ROOT / "mmft" / "training" / "preference.py").read_text()
+    files = [ROOT / "mmft" / "training" / f"preference{part}.py" for part in ("", "_pairs")]
+    source = "\n".join(file.read_text() for file in files)
     owners = {"backbone": "backbone", "head": "head", "loss": r"(?:recipe\.)?loss", "pairs": "pairs", "train": "train"}
     for section, owner in owners.items():
         for field in PreferenceRecipe.model_fields[section].annotation.model_fields:
@@ -79,6 +81,8 @@ def test_every_field_is_read():
         (["pairs.source=demonstrations", "pairs.kinds=[colour]"], ["pairs.kinds: expected null"]),
         (["head.width=30"], ["head.width: got 30, expected a multiple of 4"]),
         (["loss.name=mse", "loss.label_smoothing=0.1"], ["loss.label_smoothing: got 0.1"]),
+        (["pairs.validation=train"], ['pairs.validation: got "train", expected another split than pairs.train']),
+        (["pairs.validation=test"], ['pairs.test: got "test", expected another split than pairs.validation']),
         (["loss.label_smoothing=0.5", "seed=-1"], ["loss.label_smoothing: got 0.5", "seed: got -1"]),
     ],
 )
@@ -120,7 +124,7 @@ def rows(tmp_path) -> Path:
     return path
 
 
-DEMONSTRATED = ["pairs.source=demonstrations", "pairs.policy.max_completion_length=12"]
+DEMONSTRATED = ["pairs.source=demonstrations", "pairs.policy.max_completion_length=6"]
 OPEN = ["pairs.source=rows", "pairs.validation=null", "pairs.test=null", "pairs.train_rows=null"]
 
 
@@ -135,11 +139,74 @@ def test_one_file_is_split_by_picture(rows):
     assert {pair.prompt for pair in named["train"]} == {"Which animal?"} and len(named["test"]) <= 8
 
 
+def written(path: Path, pictures: list, start: int = 0) -> Path:
+    """A file of pairs, one for each entry: a name, or a list of names."""
+    lines = []
+    for i, shown in enumerate(pictures, start):
+        key = "images" if isinstance(shown, list) else "image"
+        lines.append(json.dumps({key: shown, "chosen": f"dog {i}", "rejected": f"cat {i}"}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_one_picture_under_several_names_is_in_one_split(rows, tmp_path):
+    """Names compared as they are written: ./a.png, ../here/a.png, links; and only the first of a list of pictures."""
+    for i in range(30):
+        (tmp_path / f"link{i}.png").symlink_to(tmp_path / f"{i}.png")
+    ways = ("{}.png", "./{}.png", f"../{tmp_path.name}/{{}}.png", "link{}.png")
+    listed = [[f"{i}.png", f"{i + 1}.png"] for i in (3, 4, 5, *range(8, 30, 2))]
+    path = written(tmp_path / "names.jsonl", [*(way.format(i) for way in ways for i in range(30)), *listed])
+    data = gather(recipe_of(*OPEN, f"pairs.name={path}", "pairs.held_out_rows=null"))
+    shown = {s: {f.resolve().name for pair in data[s] for f in pair.images} for s in data}
+    assert sum(map(len, data.values())) == 134 and all(shown.values())
+    for one, two in [("train", "validation"), ("train", "test"), ("validation", "test")]:
+        assert not shown[one] & shown[two]
+    where = {f.resolve().name: split for split in data for pair in data[split] for f in pair.images}
+    assert where["3.png"] == where["4.png"] == where["5.png"] == where["6.png"]
+
+
+def test_more_rows_and_another_place_move_no_picture(rows, tmp_path):
+    """A hash of the whole path, or of the row's number, would deal the same pictures anew elsewhere."""
+    import shutil
+
+    def dealt(folder: Path) -> dict[str, set[str]]:
+        path = folder / "pairs.jsonl"
+        data = gather(recipe_of(*OPEN, f"pairs.name={path}", "pairs.held_out_rows=null"))
+        return {split: {pair.images[0].name for pair in data[split]} for split in data}
+
+    before = dealt(tmp_path)
+    moved = shutil.copytree(tmp_path, tmp_path / "moved" / "further")
+    assert dealt(moved) == before
+    Image.new("RGB", (8, 8)).save(moved / "new.png")
+    (moved / "pairs.jsonl").write_text(
+        json.dumps({"image": "new.png", "chosen": "a", "rejected": "b"}) + "\n" + rows.read_text()
+    )
+    assert {split: names - {"new.png"} for split, names in dealt(moved).items()} == before
+
+
+@pytest.mark.parametrize(("split", "shown"), [("validation", "./7.png"), ("test", ["29.png", "8.png"])])
+def test_named_splits_that_share_a_picture_are_refused(split, shown, rows, tmp_path):
+    """Nothing compared: a judge would be calibrated, or praised, on pictures that it was trained with."""
+    written(tmp_path / "train.jsonl", [f"{i}.png" for i in range(20)])
+    written(tmp_path / "validation.jsonl", [f"{i}.png" for i in range(20, 24)])
+    written(tmp_path / "test.jsonl", [f"{i}.png" for i in range(24, 29)])
+    named = ["pairs.source=rows", f"pairs.name={tmp_path}"]
+    assert [len(pairs) for pairs in gather(recipe_of(*named)).values()] == [12, 4, 5]
+    path = tmp_path / f"{split}.jsonl"
+    path.write_text(path.read_text() + "\n" + written(tmp_path / "more", [shown]).read_text())
+    row = {"validation": 4, "test": 5}[split]
+    with pytest.raises(
+        ValueError, match=rf"pairs.{split}: row {row} of '{split}' shows .*[78].png of row [78] of pairs.tr"
+    ):
+        gather(recipe_of(*named))
+
+
 def test_a_folder_of_files_and_a_saved_data_set(rows, tmp_path):
     import datasets
 
     (tmp_path / "train.jsonl").write_text(rows.read_text())
-    (tmp_path / "val.jsonl").write_text('{"image": "1.png", "chosen": "a", "rejected": "b"}\n')
+    Image.new("RGB", (8, 8)).save(tmp_path / "new.png")
+    (tmp_path / "val.jsonl").write_text('{"image": "new.png", "chosen": "a", "rejected": "b"}\n')
     data = gather(recipe_of(*OPEN, f"pairs.name={tmp_path}", "pairs.validation=val", "pairs.held_out_rows=null"))
     assert [pair.chosen for pair in data["validation"]] == ["a"]
     assert len(data["train"]) + len(data["test"]) == 60 and data["test"]
@@ -153,7 +220,7 @@ def test_a_folder_of_files_and_a_saved_data_set(rows, tmp_path):
 def test_wrong_files_end_in_one_line(rows, capsys):
     def message(*overrides: str) -> str:
         with pytest.raises(SystemExit) as stopped:
-            run_preference(recipe_of(*OPEN, *overrides))
+            run_preference(recipe_of(*OPEN, f"output.dir={rows.parent / 'head'}", *overrides))
         assert stopped.value.code == 2
         return capsys.readouterr().err
 
@@ -179,18 +246,50 @@ def test_demonstrations_put_references_above_the_policys_own_samples():
     for pair in pairs:
         own = references[pair.id.rsplit("-", 1)[0]]
         assert pair.chosen in own and pair.rejected not in own and pair.images[0]().size == (96, 96)
-    split = gather(recipe_of(*DEMONSTRATED, "pairs.validation=null", "pairs.train_rows=40", "pairs.held_out_rows=2"))
+    split = gather(recipe_of(*DEMONSTRATED, "pairs.validation=null", "pairs.train_rows=24", "pairs.held_out_rows=2"))
     assert [(p.chosen, p.rejected) for p in pairs] == [(p.chosen, p.rejected) for p in demonstrations(recipe, "train")]
-    pictures = {name: {str(pair.images[0]) for pair in split[name]} for name in ("train", "validation", "test")}
+    pictures = {name: {pair.images[0].name for pair in split[name]} for name in ("train", "validation", "test")}
     assert pictures["validation"] and not pictures["validation"] & pictures["train"] and len(pictures["test"]) <= 2
 
 
 # --- training and report ---------------------------------------------------------------------------
 
 
+def test_another_runs_folder_is_refused_before_pairs_are_made(tmp_path, capsys, monkeypatch):
+    """Kills the loss of a policy's adapter in a folder that was named by mistake."""
+    import mmft.training.preference as module
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_text("hours of work")
+    monkeypatch.setattr(module, "gather", lambda recipe: pytest.fail("pairs were made first"))
+    with pytest.raises(SystemExit) as stopped:
+        run_preference(recipe_of(f"output.dir={tmp_path}"))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"error: {tmp_path} holds other files (adapter) and no preference.json" in said
+    assert [p.read_text() for p in tmp_path.rglob("*") if p.is_file()] == ["hours of work"]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_several_processes_are_refused(rank, tmp_path, capsys, monkeypatch):
+    """Each would train the head into the same folder, over the others' files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stopped:
+        run_preference(recipe_of(f"output.dir={tmp_path}/head"))
+    assert stopped.value.code == 2 and not list(tmp_path.iterdir())
+    said = capsys.readouterr().err
+    assert said == (
+        ""
+        if rank == "1"
+        else "error: WORLD_SIZE is 2, expected 1: one process trains a preference head; start it with python\n"
+    )
+
+
 @pytest.mark.parametrize("how", [["backbone.tune=lora", "head.heads=2"], ["loss.name=mse"]])
 def test_a_short_run_leaves_a_reward_and_its_report(how, tmp_path):
-    from reward_models.preference.reward import PreferenceReward
+    from mmft.vlm.load import resolve
+    from reward_models.preference import PreferenceReward, backbone_name
 
     summary = run_preference(recipe_of(*how, f"output.dir={tmp_path}"))
     assert summary == json.loads((tmp_path / "summary.json").read_text())
@@ -198,7 +297,8 @@ def test_a_short_run_leaves_a_reward_and_its_report(how, tmp_path):
         assert 0 <= summary[name] <= 1
     assert summary["examples"] == {"train": 12, "validation": 8, "test": 8} and summary["other_picture"]["pairs"] == 4
     assert load_preference_recipe(tmp_path / "recipe.yaml").head.heads == summary["heads"]
-    reward = PreferenceReward.load(tmp_path)
+    assert backbone_name(tmp_path) == "scenes-vlm"
+    reward = PreferenceReward.load(tmp_path, backbone=resolve("scenes-vlm"))
     picture = scene_pairs("test", 1)[0].images[0]()
     assert len(reward(prompts=["Describe the picture."], completions=["a red circle"], image=[picture])[0]) == 1
 
