@@ -21,8 +21,9 @@ from mmft.evaluation.report import write_report
 from mmft.training.config import from_recipe
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
 from mmft.training.monitor import Monitor
+from mmft.training.scoring import RewardError
 from mmft.training.summary import write_summary
-from mmft.training.trainer import A2CTrainer, PPOTrainer, RewardError
+from mmft.training.trainer import A2CTrainer, PPOTrainer
 from mmft.training.warm_start import warm_start
 from mmft.vlm.load import build_policy, load_model, lora_config, resolve
 from reward_models import DocumentFrequencies, WeightedRewards, build_rewards

@@ -32,6 +32,7 @@ from mmft.training.critic import fit_critic
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
 from mmft.training.guards import Alarm, Guards
 from mmft.training.monitor import Monitor
+from mmft.training.scoring import as_rewards, rewards_at, share_backbone
 from mmft.training.summary import write_summary
 from mmft.training.update import update
 from mmft.vlm.generate import generate
@@ -421,53 +422,9 @@ class A2CTrainer(PPOTrainer):
     config_class = A2CConfig
 
 
-def as_rewards(reward_funcs, weights: list[float] | None):
-    """One function, a list of them, or a ready combination -> a callable that returns total and parts."""
-    from reward_models import WeightedRewards
-
-    if isinstance(reward_funcs, WeightedRewards):
-        if weights is not None:
-            raise ValueError("reward_weights belongs to plain functions; WeightedRewards has weights of its own")
-        return reward_funcs
-    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    weights = weights if weights is not None else [1.0] * len(functions)
-    if len(weights) != len(functions):
-        raise ValueError(f"reward_weights has {len(weights)} entries for {len(functions)} reward functions")
-    names: list[str] = []
-    for function in functions:
-        name = getattr(function, "__name__", type(function).__name__)
-        names.append(name if name not in names else f"{name}_{len(names)}")
-    return WeightedRewards(list(zip(names, functions, weights, strict=True)))
-
-
-class RewardError(RuntimeError):
-    """A reward failed in the middle of a run."""
-
-
-@contextmanager
-def rewards_at(step: int):
-    """Errors of rewards with the step in front; the reward's own error is the cause."""
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError, TypeError) as error:
-        raise RewardError(f"step {step}: {error}") from error
-
-
 def _places(prompts: PromptBatch) -> list[int]:
     """Where each prompt stands in the order of the whole run, the same however many processes share a step."""
     return [int(row_id.rpartition("@")[2]) for row_id in prompts.row_ids]
-
-
-def share_backbone(rewards, policy: Policy) -> None:
-    """Lets learned rewards read the policy's own frozen base weights, one adapter more, instead of a second copy."""
-    for part in rewards.parts:
-        share = getattr(part.function, "share", None)
-        if share is None or not hasattr(policy.model, "peft_config"):
-            continue
-        try:
-            share(policy.model, policy.pictures.processor)
-        except ValueError as reason:
-            warnings.warn(f"reward {part.name!r} loads a model of its own: {reason}", stacklevel=2)
 
 
 def _parameter_groups(policy: Policy, config: PPOConfig) -> list[dict[str, Any]]:
