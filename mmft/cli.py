@@ -42,7 +42,7 @@ def _doctor_rewards(recipe, rows: int, file: Path | None) -> int:
         if file:
             file.write_text(json.dumps(report.as_dict(), indent=1))
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        print("error:", str(error).partition("\n")[0], file=sys.stderr)
         return 2
     print(report.table())
     return 1 if report.flagged else 0

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from reward_models.metrics.text import flag
+
 _RETRIED = (429, 503)  # the server is there and says "later"
 _SLACK = 10_000  # bytes of a body that are neither rows nor pictures
 
@@ -63,7 +65,8 @@ class HttpReward:
                 raise ValueError(f"reward http: {what} must be above 0, got {value!r}")
         self.url, self.token_env, self.timeout, self.retries = url.rstrip("/"), token_env, timeout, retries
         self.batch_size, self.max_images, self.max_body_mb = batch_size, max_images, max_body_mb
-        self.columns, self.send_images, self.image_format = tuple(columns), send_images, image_format
+        self.columns, self.image_format = tuple(columns), image_format
+        self.send_images = flag("http", "send_images", send_images)
         self.part = part
         self._served = ""
         self._connection: Any = None

@@ -43,7 +43,7 @@ def run(recipe, resume: str | None = None) -> dict[str, Any]:
         return trainer.train()
     except RewardError as error:
         traceback.print_exception(error.__cause__)  # of the user's own function, perhaps; the plain line comes last
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).partition("\n")[0], file=sys.stderr)
         raise SystemExit(1) from error
 
 
