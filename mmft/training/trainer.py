@@ -142,8 +142,9 @@ class PPOTrainer:
         monitor = Monitor(self.run_dir, self.config.max_steps, main, self.config.report_to, resume_step=done or None)
         if not done:
             self._held_out(0, before)
+        last = done
         for step in range(done + 1, self.config.max_steps + 1):
-            metrics = self.step(step)
+            metrics, last = self.step(step), step
             alarms = self.guards.look(step, metrics)
             if self.config.eval_steps and step % self.config.eval_steps == 0 and step < self.config.max_steps:
                 held_out = self.evaluate()
@@ -156,7 +157,7 @@ class PPOTrainer:
             if self.config.save_steps and step % self.config.save_steps == 0:
                 save_checkpoint(self, step)
         after = self.evaluate()
-        if self._rolled_back_to is None and (alarms := self._held_out(self.config.max_steps, after)):
+        if self._rolled_back_to is None and (alarms := self._held_out(last, after)):
             monitor.alarms(alarms)
             if self._act(alarms, monitor) and self._rolled_back_to is not None:
                 after = self.evaluate()
