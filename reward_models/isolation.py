@@ -240,7 +240,7 @@ class _Process:
 
     def usable(self) -> bool:
         """False after it died between calls, and in a forked copy of the parent (which must not share the pair)."""
-        alive = self.owner == os.getpid() and self.popen.poll() is None
+        alive = self.owner == os.getpid() and self.popen.poll() is None and not _dying(self.popen.pid)
         if not alive:
             self.stop()
         return alive
@@ -295,6 +295,15 @@ def _kill(popen: subprocess.Popen[bytes], connection: socket.socket, life: int, 
         popen.wait(timeout=5)
     except subprocess.TimeoutExpired:  # stuck in the kernel; nothing more can be done
         pass
+
+
+def _dying(pid: int) -> bool:
+    """Whether a process has been killed but cannot be waited for yet, because threads of it are still going down."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] in b"ZX"
+    except OSError:  # no /proc on this system, or the process is gone
+        return False
 
 
 def _line(error: BaseException) -> str:
