@@ -104,8 +104,8 @@ def test_words_do_not_depend_on_what_was_tokenised_before():
 
 
 def test_registered_by_name():
-    assert tokenizer_named("ptb") is ptb
     assert "ptb" in TOKENIZERS
+    assert tokenizer_named("ptb")("Don't!") == ptb("Don't!") == ["do", "n't"]
 
 
 @pytest.mark.skipif(bool(java_missing()), reason=java_missing() or "java and pycocoevalcap are there")
