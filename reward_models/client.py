@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from reward_models.metrics.text import flag
 
-_RETRIED = (429, 503)  # the server is there and says "later"
+# The server is there and says "later"; 408 also answers a request that met a kept connection as it was given up.
+_RETRIED = (408, 429, 503)
 _SLACK = 10_000  # bytes of a body that are neither rows nor pictures
 
 
@@ -24,7 +25,7 @@ class HttpReward:
     holds the bearer token; it is read for each connection, and kept nowhere else.
     columns: which columns go along, if they are there. send_images: send the columns `image` or `images` too, as
     image_format png (exact) or jpeg (about a fifth of the size). part: give this part's raw score instead of the total.
-    timeout: seconds for one answer. retries: how often a request is tried again after a connection error, 429 or 503,
+    timeout: seconds for one answer. retries: how often a request is tried again after a connection error, 408, 429 or 503,
     waiting 0.25 s, 0.5 s, 1 s … or what the server asks for, if that is less than 30 s. Nothing else is tried again.
     A request holds at most batch_size rows, max_images different pictures and max_body_mb; they must not be above what
     the server allows.
