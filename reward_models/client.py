@@ -25,8 +25,8 @@ class HttpReward:
     holds the bearer token; it is read for each connection, and kept nowhere else.
     columns: which columns go along, if they are there. send_images: send the columns `image` or `images` too, as
     image_format png (exact) or jpeg (about a fifth of the size). part: give this part's raw score instead of the total.
-    timeout: seconds for one answer. retries: how often a request is tried again after a connection error, 408, 429 or 503,
-    waiting 0.25 s, 0.5 s, 1 s … or what the server asks for, if that is less than 30 s. Nothing else is tried again.
+    timeout: seconds for one answer. retries: how often a request is tried again after a connection error, 408, 429 or
+    503, waiting 0.25 s, 0.5 s, 1 s … or what the server asks for, if that is less than 30 s. Nothing else is.
     A request holds at most batch_size rows, max_images different pictures and max_body_mb; they must not be above what
     the server allows.
 
