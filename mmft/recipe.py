@@ -204,25 +204,11 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         "algorithm.name",
         f"got {a.num_ppo_epochs}, expected 1 with algorithm.name a2c (only ppo may use samples again)",
     )
-    for index, reward in enumerate(r.rewards):
-        check(
-            reward.credit == "last" or reward.weight == 0 or model.critic != "none",
-            f"rewards.{index}.credit",
-            "model.critic",
-            f"got {reward.credit}, expected last with model.critic none "
-            "(without a critic the whole response is one action, so credit within it is lost)",
-        )
     check(
         a.kl_target is None or a.kl_coef > 0,
         "algorithm.kl_target",
         "algorithm.kl_coef",
         f"got {show(a.kl_target)}, expected null with kl_coef 0 (an adaptive coefficient never leaves 0)",
-    )
-    check(
-        any(reward.weight != 0 for reward in r.rewards),
-        "rewards",
-        "rewards",
-        "got weight 0 everywhere, expected at least one reward with another weight",
     )
     check(
         model.quantize is None or model.tune == "lora",
@@ -236,8 +222,27 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         "train.steps",
         f"got {train.warmup_steps}, expected at most train.steps ({train.steps})",
     )
+    _impossible_rewards(r, check)
+    return found
+
+
+def _impossible_rewards(r: Recipe, check: Callable[[bool, str, str, str], None]) -> None:
+    """The part of `_impossible` that is about rewards."""
+    check(
+        any(reward.weight != 0 for reward in r.rewards),
+        "rewards",
+        "rewards",
+        "got weight 0 everywhere, expected at least one reward with another weight",
+    )
     for index, reward in enumerate(r.rewards):
         at = f"rewards.{index}"
+        check(
+            reward.credit == "last" or reward.weight == 0 or r.model.critic != "none",
+            f"{at}.credit",
+            "model.critic",
+            f"got {reward.credit}, expected last with model.critic none "
+            "(without a critic the whole response is one action, so credit within it is lost)",
+        )
         check(
             reward.label not in [other.label for other in r.rewards[:index]],
             f"{at}.as" if reward.as_ else f"{at}.name",
@@ -265,10 +270,10 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
             f"(only rewards of your own, {', '.join(WITH_TIMEOUT)} take a time limit)",
         )
         check(
-            reward.normalize != "group" or rollout.num_generations >= 2,
+            reward.normalize != "group" or r.rollout.num_generations >= 2,
             f"{at}.normalize",
             "rollout.num_generations",
-            f"got group, expected null, running or batch with rollout.num_generations {rollout.num_generations}",
+            f"got group, expected null, running or batch with rollout.num_generations {r.rollout.num_generations}",
         )
     shares = sum(abs(reward.weight.share) for reward in r.rewards if isinstance(reward.weight, ShareWeight))
     others = any(reward.weight != 0 and not isinstance(reward.weight, ShareWeight) for reward in r.rewards)
@@ -278,7 +283,6 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         "rewards",
         f"got shares of {show(shares)} together, expected less than 1 and another reward that takes the rest",
     )
-    return found
 
 
 def _without(data: dict[str, Any], keys: list[Key]) -> dict[str, Any]:
