@@ -9,7 +9,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-pytestmark = pytest.mark.parametrize("family", tiny_models.FAMILIES)
+SEEING = [family for family in tiny_models.FAMILIES if family != "qwen2_audio"]
+# Every picture becomes the same number of tokens, whatever its shape.
+ONE_SIZE = {"llava", "idefics2", "gemma3", "paligemma", "paligemma2", "blip-2", "instructblip"}
+# Called otherwise than their configurations' model_type.
+MODEL_TYPE = {"pixtral": "llava", "paligemma2": "paligemma"}
+
+pytestmark = pytest.mark.parametrize("family", SEEING)
 
 
 def picture(seed: int, width: int = 32, height: int = 32) -> Image.Image:
@@ -18,6 +24,8 @@ def picture(seed: int, width: int = 32, height: int = 32) -> Image.Image:
 
 
 def chat(processor, text: str = "What is this?") -> str:
+    if processor.chat_template is None:  # PaliGemma, BLIP: their processors put the picture first
+        return text
     parts = [{"type": "image"}, {"type": "text", "text": text}]
     return processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
 
@@ -36,9 +44,11 @@ def last_logits(model, processor, image: Image.Image) -> torch.Tensor:
 
 def test_loads_as_its_own_family(family, loaded):
     model, processor = loaded
-    assert model.config.model_type == family
+    assert model.config.model_type == MODEL_TYPE.get(family, family)
     assert model.dtype == torch.float32
-    assert len(processor.tokenizer) == model.get_output_embeddings().weight.shape[0] <= 300
+    assert (
+        len(processor.tokenizer) == model.get_output_embeddings().weight.shape[0] <= 1500
+    )  # PaliGemma: 1,152 of places
 
 
 def test_one_placeholder_per_feature(family, loaded):
@@ -47,22 +57,20 @@ def test_one_placeholder_per_feature(family, loaded):
         image = picture(0, width, height)
         inputs = processor(text=[chat(processor)], images=[image], return_tensors="pt")
         placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
-        visual = {k: v for k, v in inputs.items() if k.startswith(("pixel", "image"))}
+        visual = {k: v for k, v in inputs.items() if k.startswith(("pixel", "image", "qformer"))}
         with torch.no_grad():
             features = model.get_image_features(**visual).pooler_output
         assert placeholders == sum(f.shape[:-1].numel() for f in features) > 0
 
 
 def test_number_of_tokens_follows_the_picture(family, loaded):
-    if family == "llava":
-        pytest.skip("LLaVA crops every picture to one size")
     model, processor = loaded
     counts = set()
     for width, height in [(32, 32), (64, 24)]:
         image = picture(0, width, height)
         inputs = processor(text=[chat(processor)], images=[image], return_tensors="pt")
         counts.add(int((inputs["input_ids"] == model.config.image_token_id).sum()))
-    assert len(counts) == 2
+    assert len(counts) == (1 if family in ONE_SIZE else 2)
 
 
 def test_picture_matters(family, loaded):
@@ -90,6 +98,8 @@ def test_generates_from_a_ragged_batch(family, loaded):
 
 def test_template_takes_plain_strings(family, loaded):
     _, processor = loaded
+    if processor.chat_template is None:
+        return
     text = processor.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert "Hi" in text and processor.image_token not in text
 

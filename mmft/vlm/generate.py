@@ -1,8 +1,8 @@
 """Sampling on the shared prefix.
 
-Each prompt is prefilled once. Its G responses then share its keys and values: a step of decoding adds one token per
-unfinished response to the prompt's row (the packed layout of `prefix.py`, one column at a time), so nothing is ever
-expanded or copied G times, and finished responses cost nothing more. Log-probs, values and entropy fall out on the
+Each prompt is prefilled once. Its G responses then share its keys and values, each beside those of its own tokens
+(`attention.py`): a step of decoding feeds one token per unfinished response, nothing is ever expanded or copied G
+times, and finished responses cost nothing more. Log-probs, values and entropy fall out on the
 way. Draws are seeded per row: a row's responses do not depend on the batch or the rank it is sampled in.
 """
 
@@ -13,16 +13,20 @@ import hashlib
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from torch.nn.functional import pad
 
 from mmft.batch import PromptBatch, Responses, TokenOutputs
-from mmft.vlm.pictures import backbone, check_placeholders
+from mmft.vlm.adapters import folded
+from mmft.vlm.attention import DecodeAttention, PrefixAttention
+from mmft.vlm.decoder import run
+from mmft.vlm.pictures import check_placeholders
 from mmft.vlm.policy import Policy
-from mmft.vlm.prefix import additive
+from mmft.vlm.prefix import pack_prompts, seen_as_one
 
 # Rows whose responses have all ended leave the cache when at most this share of its rows is still at work: leaving
 # costs one copy of what remains.
 _COMPACT_BELOW = 0.7
+_BLOCK = 64  # tokens summed together while a token is drawn
 
 
 @torch.no_grad()
@@ -44,7 +48,7 @@ def generate(
     Returns:
         The responses, and log-probs, values and entropy as of sampling (at temperature 1 when greedy).
     """
-    _require_room(policy, prompts, max_new_tokens)
+    require_room(policy, prompts, max_new_tokens)
     if temperature > 0 and seed is None:
         raise ValueError("sampling needs a seed")
     uniforms = (
@@ -57,12 +61,14 @@ def generate(
     was_training = policy.training
     policy.eval()
     try:
-        return _decode(policy, prompts, num_generations, max_new_tokens, temperature, uniforms)
+        with folded(policy.model):
+            return _decode(policy, prompts, num_generations, max_new_tokens, temperature, uniforms)
     finally:
         policy.train(was_training)
 
 
-def _require_room(policy: Policy, prompts: PromptBatch, max_new_tokens: int) -> None:
+def require_room(policy: Policy, prompts: PromptBatch, max_new_tokens: int) -> None:
+    """Raises ValueError naming the longest row, where prompt and response are more than the model can hold."""
     room = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     lengths = prompts.prompt_mask.sum(-1)
     if room is not None and int(lengths.max()) + max_new_tokens > room:
@@ -92,7 +98,7 @@ def _decode(policy, prompts, group, length, temperature, uniforms) -> tuple[Resp
     logprobs, values, entropy = (torch.zeros(n, length, device=device) for _ in range(3))
     ends = torch.tensor(policy.end_ids, device=device)
 
-    decoder = _SharedDecoder(policy, prompts, group)
+    decoder = _SharedDecoder(policy, prompts, group, length)
     active = torch.arange(n, device=device)  # responses still being written, in order
     hidden = decoder.prefill().repeat_interleave(group, 0)  # (N, H)
     for t in range(length):
@@ -117,109 +123,64 @@ def _decode(policy, prompts, group, length, temperature, uniforms) -> tuple[Resp
 
 def _choose(logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """A token per row of (A, V) logits, by inverting the cumulative distribution at ``uniforms`` (A,), else the
-    likeliest; with its log-prob and the distribution's entropy."""
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    probabilities = (logits - normaliser).exp()
-    if uniforms is None:
-        token = logits.argmax(-1)
-    else:
-        # In fp64: over a vocabulary of 150,000 the rounding of an fp32 sum would move probability between words.
-        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-        point = (uniforms * cumulative[:, -1])[:, None]
-        token = torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
-    logprob = logits.gather(-1, token[:, None]).squeeze(-1) - normaliser.squeeze(-1)
-    return token, logprob, torch.special.entr(probabilities).sum(-1)
+    likeliest; with its log-prob and the distribution's entropy. Overwrites the logits."""
+    highest, likeliest = logits.max(-1, keepdim=True)
+    # Banned tokens at a finite distance: 0 * -inf is no number, 0 * -1e30 is 0.
+    below = logits.sub_(highest).clamp_min_(-1e30)
+    weights = below.exp()
+    total = weights.sum(-1, keepdim=True)
+    token = likeliest if uniforms is None else _invert(weights, uniforms)
+    normaliser = total.log()
+    entropy = normaliser.squeeze(-1) - torch.linalg.vecdot(weights, below) / total.squeeze(-1)
+    return token.squeeze(-1), (below.gather(-1, token) - normaliser).squeeze(-1), entropy
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """(A, 1) tokens: the first at which the running sum of (A, V) weights passes the share ``uniforms`` of all.
+
+    In two stages, block and token, so that the running sums can be in fp64: over a vocabulary of 150,000 the rounding
+    of an fp32 sum would move probability between words.
+    """
+    vocabulary = weights.shape[-1]
+    blocks = pad(weights, (0, -vocabulary % _BLOCK)).unflatten(-1, (-1, _BLOCK))  # (A, blocks, _BLOCK)
+    upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    point = uniforms.to(torch.float64)[:, None] * upto[:, -1:]
+    block = torch.searchsorted(upto, point, right=True).clamp_max(upto.shape[-1] - 1)  # (A, 1)
+    before = torch.where(block > 0, upto.gather(-1, (block - 1).clamp_min(0)), 0.0)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK)).squeeze(1).to(torch.float64).cumsum(-1)
+    token = block * _BLOCK + torch.searchsorted(inside, point - before, right=True).clamp_max(_BLOCK - 1)
+    token = token.clamp_max(vocabulary - 1)
+    # Rounding may point past the last token that has any weight.
+    return torch.where(weights.gather(-1, token) > 0, token, weights.argmax(-1, keepdim=True))
 
 
 class _SharedDecoder:
-    """Keys and values of B prompts and of their responses, one cache row per prompt.
+    """Reads B prompts once and writes their responses, a token of each at a time."""
 
-    ``owner`` (R, K) says whose each key is: 0 the prompt's, g + 1 response g's, -1 nobody's.
-    """
-
-    def __init__(self, policy: Policy, prompts: PromptBatch, group: int):
-        self.model = backbone(policy.model)
-        self.dtype = policy.model.dtype
-        self.prompts = prompts
-        self.group = group
+    def __init__(self, policy: Policy, prompts: PromptBatch, group: int, length: int):
+        self.model, self.family, self.pictures = policy.model, policy.family, policy.pictures
+        self.prompts, self.group, self.length = prompts, group, length
         self.features = policy.features(prompts)
-        check_placeholders(prompts, policy.pictures.image_token_id)
-        self.cache = Cache(layer_class_to_replicate=_GrowingLayer)
-        self.owner = torch.where(prompts.prompt_mask, 0, -1)
-        self.slot = torch.arange(len(prompts), device=self.owner.device)  # prompt -> its row in the cache
+        check_placeholders(prompts, self.pictures.token_ids)
+        self.slot = torch.arange(len(prompts), device=policy.device)  # prompt -> its row in the cache
 
     def prefill(self) -> Tensor:
         """Reads the prompts; (B, H) hidden states of their last tokens."""
-        real = self.prompts.prompt_mask
-        causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
-        hidden = self.model(
-            input_ids=torch.where(real, self.prompts.prompt_ids, 0),
-            attention_mask=additive(causal & real[:, None, :], self.dtype),
-            position_ids=self.prompts.positions,
-            mm_encoder_outputs=self.features,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
-        return hidden[torch.arange(len(real), device=real.device), real.sum(-1) - 1]
+        ids, positions, last = pack_prompts(self.prompts)
+        block = seen_as_one(self.prompts, self.family, list(self.pictures.token_ids.values()))
+        reading = PrefixAttention(self.prompts.prompt_mask, block=block, keep=True)
+        hidden = run(self.model, self.family, ids, positions, reading, self.features)
+        self.cache = DecodeAttention(self.prompts.prompt_mask, reading.kept, self.group, self.length)
+        return hidden[last]
 
     def step(self, active: Tensor, token: Tensor, t: int) -> Tensor:
         """Feeds token t of the active responses (A,); (A, H) their hidden states."""
         prompt = active // self.group
-        self._compact(prompt)
-        row = self.slot[prompt]
-        rows = self.owner.shape[0]
-        count = torch.bincount(row, minlength=rows)
-        place = torch.arange(len(active), device=row.device) - (count.cumsum(0) - count)[row]
-        width = int(count.max())
-        ids = self.owner.new_zeros(rows, width)
-        query = self.owner.new_full((rows, width), -1)
-        positions = self.prompts.positions.new_zeros(*self.prompts.positions.shape[:-2], rows, width)
-        ids[row, place] = token
-        query[row, place] = active % self.group + 1
-        positions[..., row, place] = self.prompts.next_position[prompt] + t
-        self.owner = torch.cat([self.owner, query], -1)
-        key = self.owner[:, None, :]
-        allowed = (key >= 0) & ((key == 0) | (key == query[:, :, None]))
-        hidden = self.model(
-            input_ids=ids,
-            attention_mask=additive(allowed, self.dtype),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
-        return hidden[row, place]
-
-    def _compact(self, prompt: Tensor) -> None:
-        """Drops the cache rows of prompts that are answered, when enough are."""
         alive = torch.unique(prompt)
-        if len(alive) > _COMPACT_BELOW * self.owner.shape[0]:
-            return
-        keep = self.slot[alive]
-        self.owner = self.owner[keep]
-        self.cache.batch_select_indices(keep)
-        self.slot = torch.full_like(self.slot, -1)
-        self.slot[alive] = torch.arange(len(alive), device=keep.device)
-
-
-class _GrowingLayer(DynamicLayer):
-    """A layer of the cache that grows into spare room, where transformers' own copies all of it for every token."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.is_initialized = True
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-            self._room: list[Tensor] = []
-        used, total = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if not self._room or total > self._room[0].shape[2] or self._room[0].shape[0] != self.keys.shape[0]:
-            self._room = [self._copy(old, total + total // 2) for old in (self.keys, self.values)]
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, used:total] = new
-        self.keys, self.values = (room[:, :, :total] for room in self._room)
-        return self.keys, self.values
-
-    @staticmethod
-    def _copy(old: Tensor, capacity: int) -> Tensor:
-        room = old.new_empty(*old.shape[:2], capacity, old.shape[3])
-        room[:, :, : old.shape[2]] = old
-        return room
+        if len(alive) <= _COMPACT_BELOW * len(self.cache.lengths):
+            self.cache.select(self.slot[alive])
+            self.slot[alive] = torch.arange(len(alive), device=alive.device)
+        self.cache.begin(t, self.slot[prompt] * self.group + active % self.group)
+        shape = (*self.prompts.positions.shape[:-2], 1, len(active))
+        positions = (self.prompts.next_position[prompt] + t).expand(shape)
+        return run(self.model, self.family, token[None], positions, self.cache)

@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmft.batch import PromptBatch, VisualRecord
+from mmft.vlm.decoder import backbone, placeholder_id
+from mmft.vlm.families import Family, Medium, family_of
 
 # Processor outputs that describe the text; everything else belongs to the pictures.
 _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "special_tokens_mask")
 # Those of them that positions are computed from; small, so they may be remembered.
-_POSITION_KEYS = ("image_grid_thw", "video_grid_thw")
+_POSITION_KEYS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 _TOWER_BYTES = 256 << 20  # of pixels per call of the tower
 _ZERO_WIDTH_SPACE = "\u200b"
 _PREPARED_ROWS = 65536  # prompts whose token ids are remembered; a few hundred bytes each
@@ -33,21 +35,22 @@ class Pictures:
     Args:
         model: the vision-language model (already wrapped with adapters or not).
         processor: its processor.
-        positions: the family's kind of positions, "sequential" or "mrope".
+        family: the facts about its family; by default those of `families.py`.
         cache_bytes: budget for features kept across steps; 0 keeps none. Used only while the tower is frozen.
     """
 
-    def __init__(self, model: nn.Module, processor, positions: str = "sequential", cache_bytes: int = 1 << 30):
+    def __init__(self, model: nn.Module, processor, family: Family | None = None, cache_bytes: int = 1 << 30):
         self.model = model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.positions = positions
+        self.family = family or family_of(model)
         self.cache_bytes = cache_bytes
         self._cached: OrderedDict[str, dict[str, list[Any]]] = OrderedDict()
         self._cached_bytes = 0
         # (prompt text, picture key) -> prompt ids and the small tensors beside the pixels (grids, sizes).
         self._prepared: OrderedDict[tuple[str, str], tuple[Tensor, dict[str, Tensor]]] = OrderedDict()
-        self.image_token_id = _image_token_id(model)
+        ids = {medium.name: placeholder_id(model, medium) for medium in self.family.media}
+        self.token_ids = {name: i for name, i in ids.items() if i is not None}  # medium -> its placeholder
         # Longest first, so that no marker is broken up by a shorter one inside it.
         markers = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         self._markers = sorted(markers | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
@@ -55,8 +58,17 @@ class Pictures:
 
     # ---------------------------------------------------------------- rows -> prompts
 
-    def prompts(self, rows: Sequence[Mapping[str, Any]], row_ids: Sequence[str], device: torch.device) -> PromptBatch:
+    def prompts(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        row_ids: Sequence[str],
+        device: torch.device,
+        pixels: bool = False,
+    ) -> PromptBatch:
         """Tokenises B rows. Each row needs ``prompt`` and may hold ``image`` or ``images``.
+
+        Args:
+            pixels: with the processor's tensors of every picture, also where its features are remembered.
 
         Raises:
             ValueError: naming the row, when it has no prompt, or when the number of placeholder tokens is not what
@@ -64,7 +76,7 @@ class Pictures:
         """
         ids, records = [], []
         for row, row_id in zip(rows, row_ids, strict=True):
-            row_prompt, record = self._prepare(row, row_id)
+            row_prompt, record = self._prepare(row, row_id, pixels)
             ids.append(row_prompt)
             records.append(record)
         width = max(len(row) for row in ids)
@@ -84,26 +96,22 @@ class Pictures:
             row_ids=list(row_ids),
         )
 
-    def _prepare(self, row: Mapping[str, Any], row_id: str) -> tuple[Tensor, VisualRecord]:
+    def _prepare(self, row: Mapping[str, Any], row_id: str, pixels: bool) -> tuple[Tensor, VisualRecord]:
         """Prompt ids (P,) and the visual record of one row.
 
-        The processor is not asked again about a prompt and pictures whose features are still in the cache.
+        The processor is not asked again about a prompt and pictures whose features are still in the cache, unless
+        the pixels themselves are wanted.
         """
         if row.get("prompt") is None:
             raise ValueError(f"row {row_id}: no column 'prompt' (columns: {', '.join(sorted(row))})")
         images = _images(row, row_id)
         key = _picture_key(images)
         text = self.render(row["prompt"], len(images), row_id)
-        if key is not None and key in self._cached and (text, key) in self._prepared:
+        if not pixels and key is not None and key in self._cached and (text, key) in self._prepared:
             ids, small = self._prepared[(text, key)]
             return ids, VisualRecord(key, small)
         inputs = self._process(text, images, row_id)
         ids = inputs["input_ids"][0]
-        if "token_type_ids" in inputs and bool(inputs["token_type_ids"].any()):
-            raise ValueError(
-                f"model.name: a {self.model.config.model_type!r} model marks its picture tokens by token_type_ids, "
-                "which are not supported yet; without them it would read its pictures wrongly"
-            )
         visual = {k: v for k, v in inputs.items() if k not in _TEXT_KEYS and isinstance(v, Tensor)}
         if key is not None and self.cache_bytes:
             self._prepared[(text, key)] = ids, {k: v for k, v in visual.items() if k in _POSITION_KEYS}
@@ -177,16 +185,19 @@ class Pictures:
 
     def _positions(self, ids: Tensor, mask: Tensor, records: list[VisualRecord]) -> tuple[Tensor, Tensor]:
         """Positions of the prompt tokens and of the first response token; see `PromptBatch`."""
-        if self.positions == "mrope":
-            grids = [r.tensors["image_grid_thw"] for r in records if "image_grid_thw" in r.tensors]
-            types = (ids == self.image_token_id).int() * mask
-            positions, _ = backbone(self.model).get_rope_index(
-                ids, types, image_grid_thw=torch.cat(grids) if grids else None, attention_mask=mask.long()
-            )
+        if self.family.positions == "mrope":
+            grids = {
+                key: torch.cat([r.tensors[key] for r in records if key in r.tensors])
+                for key in _POSITION_KEYS
+                if any(key in r.tensors for r in records)
+            }
+            types = media_types(ids, self.token_ids) * mask
+            positions, _ = backbone(self.model).get_rope_index(ids, types, **grids, attention_mask=mask.long())
             highest = positions.masked_fill(~mask, -1).amax(dim=(0, 2))
             return positions, highest + 1
-        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        return positions, mask.sum(-1)
+        first = self.family.first_position
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0) + first
+        return positions, mask.sum(-1) + first
 
     # ---------------------------------------------------------------- the vision tower
 
@@ -225,21 +236,29 @@ class Pictures:
         most = max(1, _TOWER_BYTES // max(size, 1))
         if len(records) > most:
             return self._tower(records[:most], model) + self._tower(records[most:], model)
+        features: list[dict[str, list[Any]]] = [{} for _ in records]
+        for medium in self.family.media:
+            if any(key in records[0].tensors for key in medium.inputs):
+                self._encode(medium, records, model, features)
+        return features
+
+    def _encode(self, medium: Medium, records: list[VisualRecord], model: nn.Module, features: list[dict]) -> None:
+        """Fills in one medium's features of records of equal shapes."""
         device = next(model.parameters()).device
-        inputs = {k: torch.cat([r.tensors[k] for r in records]).to(device) for k in records[0].tensors}
-        output = backbone(model).get_image_features(**inputs, return_dict=True)
+        others = {key for other in self.family.media if other is not medium for key in other.inputs}
+        own = [key for key in records[0].tensors if key not in others]
+        inputs = {key: torch.cat([r.tensors[key] for r in records]).to(device) for key in own}
+        output = getattr(backbone(model), medium.encoder)(**inputs, return_dict=True)
         pooled = list(output.pooler_output)
         each = len(pooled) // len(records)
         if each * len(records) != len(pooled):
-            raise ValueError(f"the vision tower gave {len(pooled)} pictures for {len(records)} equal rows")
+            raise ValueError(f"the {medium.name} tower gave {len(pooled)} outputs for {len(records)} equal rows")
         deep = getattr(output, "deepstack_features", None)
-        features = []
-        for i in range(len(records)):
-            own = slice(i * each, (i + 1) * each)
-            features.append({"pooler_output": pooled[own]})
+        for i, filled in enumerate(features):
+            part = slice(i * each, (i + 1) * each)
+            filled[medium.name] = pooled[part]
             if deep is not None:
-                features[-1]["deepstack_features"] = [list(layer)[own] for layer in deep]
-        return features
+                filled[f"{medium.name}/deepstack"] = [list(layer)[part] for layer in deep]
 
     def _remember(self, key: str | None, features: dict[str, list[Any]]) -> None:
         if key is None or not self.cache_bytes or key in self._cached:
@@ -253,38 +272,46 @@ class Pictures:
             self._cached_bytes -= _bytes(dropped)
 
 
-def backbone(model: nn.Module) -> nn.Module:
-    """The model below the language-model head, under adapters or not (``LlavaModel``, ``Qwen3VLModel``, ...)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(inner, inner.base_model_prefix, inner)
+def joined_features(batch: PromptBatch) -> dict[str, list[Any]] | None:
+    """The batch's features, medium name -> one tensor per picture in the order of the rows; None without any."""
+    joined: dict[str, list[Any]] = {}
+    for record in batch.visuals:
+        for name, features in (record.features or {}).items():
+            if name.endswith("/deepstack"):
+                layers = joined.setdefault(name, [[] for _ in features])
+                for layer, own in zip(layers, features, strict=True):
+                    layer.extend(own)
+            else:
+                joined.setdefault(name, []).extend(features)
+    return joined or None
 
 
-def joined_features(batch: PromptBatch) -> dict[str, Any] | None:
-    """The batch's features as the ``mm_encoder_outputs`` argument of transformers' models; None without pictures."""
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    records = [r.features for r in batch.visuals if r.features is not None]
-    if not records:
-        return None
-    output = BaseModelOutputWithPooling(pooler_output=[f for r in records for f in r["pooler_output"]])
-    if "deepstack_features" in records[0]:
-        layers = zip(*(r["deepstack_features"] for r in records), strict=True)
-        output["deepstack_features"] = [[f for row in layer for f in row] for layer in layers]
-    return {"image": output}
+def media_types(ids: Tensor, token_ids: dict[str, int]) -> Tensor:
+    """int32 in the shape of ``ids``: 0 text, 1 image, 2 video tokens, as multimodal rotary positions ask for."""
+    types = torch.zeros_like(ids, dtype=torch.int32)
+    for number, name in enumerate(("image", "video"), 1):
+        if name in token_ids:
+            types[ids == token_ids[name]] = number
+    return types
 
 
-def check_placeholders(batch: PromptBatch, image_token_id: int | None) -> None:
-    """Raises ValueError naming the first row whose placeholder tokens are not as many as its picture features."""
+def check_placeholders(batch: PromptBatch, token_ids: dict[str, int]) -> None:
+    """Raises ValueError naming the first row whose placeholder tokens are not as many as its picture features.
+
+    Args:
+        token_ids: medium name -> id of its placeholder.
+    """
     for i, record in enumerate(batch.visuals):
-        if record.features is None or image_token_id is None:
-            continue
-        places = int((batch.prompt_ids[i] == image_token_id).sum())
-        features = sum(f.shape[0] for f in record.features["pooler_output"])
-        if places != features:
-            raise ValueError(
-                f"row {batch.row_ids[i]}: {places} picture tokens in the prompt, {features} picture features; "
-                "the prompt was cut, or the processor does not belong to this model"
-            )
+        for name, token_id in token_ids.items():
+            if record.features is None or name not in record.features:
+                continue
+            places = int((batch.prompt_ids[i] == token_id).sum())
+            features = sum(f.shape[:-1].numel() for f in record.features[name])
+            if places != features:
+                raise ValueError(
+                    f"row {batch.row_ids[i]}: {places} {name} tokens in the prompt, {features} {name} features; "
+                    "the prompt was cut, or the processor does not belong to this model"
+                )
 
 
 def _images(row: Mapping[str, Any], row_id: str) -> list[Image.Image]:
@@ -314,13 +341,6 @@ def _picture_key(images: list[Any]) -> str | None:
         digest.update(f"{image.mode}{image.size}".encode())
         digest.update(image.tobytes())
     return digest.hexdigest()
-
-
-def _image_token_id(model: nn.Module) -> int | None:
-    for key in ("image_token_id", "image_token_index"):
-        if getattr(model.config, key, None) is not None:
-            return getattr(model.config, key)
-    return None
 
 
 def _map_tensors(value: Any, function) -> Any:

@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig
 
 from mmft.batch import PromptBatch, Responses, TokenOutputs
-from mmft.vlm.pictures import backbone
+from mmft.vlm.decoder import backbone
+from mmft.vlm.pictures import media_types
 
 
 def plain_predictors(policy, model: nn.Module, prompts: PromptBatch, responses: Responses) -> tuple[Tensor, Tensor]:
@@ -32,10 +33,12 @@ def plain_predictors(policy, model: nn.Module, prompts: PromptBatch, responses: 
     column = prompt_length[n] + t
     ids[n, column] = responses.ids[n, t]
     mask[n, column] = True
+    written = torch.zeros_like(mask)
+    written[n, column] = True
     hidden = backbone(model)(
         input_ids=ids,
         attention_mask=mask.long(),
-        **_visual_inputs(policy, prompts, ids, group),
+        **_inputs(policy, prompts, ids, written, group),
         use_cache=False,
     ).last_hidden_state
     return hidden[n, column - 1], responses.ids[n, t]
@@ -64,7 +67,7 @@ def plain_generate(
         written = policy.model.generate(
             input_ids=ids,
             attention_mask=mask.long(),
-            **_visual_inputs(policy, prompts, ids, group),
+            **_inputs(policy, prompts, ids, torch.zeros_like(mask), group),
             # A configuration of its own: the checkpoint's may hold a repetition penalty or a top-k, and then the
             # distribution sampled from would not be the one that log-probs are of.
             generation_config=GenerationConfig(
@@ -90,20 +93,35 @@ def row_seed(row_ids: list[str], seed: int | None) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _visual_inputs(policy, prompts: PromptBatch, ids: Tensor, group: int) -> dict[str, Any]:
-    """The raw visual tensors of N rows: every row's pictures once per response."""
-    records = [r for r in prompts.visuals if r.tensors for _ in range(group)]
-    if not records:
-        return {}
-    inputs = {}
-    for key in records[0].tensors:
-        tensors = [r.tensors[key] for r in records]
-        shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-        padded = [
+def _inputs(policy, prompts: PromptBatch, ids: Tensor, written: Tensor, group: int) -> dict[str, Any]:
+    """What the model takes beside the tokens: every row's pictures once per response, and kinds of tokens.
+
+    Args:
+        ids: (N, L) the tokens.
+        written: (N, L) bool, True on tokens of responses.
+    """
+    records = [r.tensors for r in prompts.visuals for _ in range(group)]
+    inputs: dict[str, Any] = {
+        key: _joined([r[key] for r in records if key in r]).to(policy.device)
+        for key in dict.fromkeys(key for r in records for key in r)
+    }
+    family = policy.family
+    if family.positions == "mrope" and inputs:
+        inputs["mm_token_type_ids"] = media_types(ids, policy.pictures.token_ids)
+    if family.prompt_attention == "pictures":
+        inputs["token_type_ids"] = media_types(ids, policy.pictures.token_ids)
+    elif family.prompt_attention == "whole":
+        inputs["token_type_ids"] = written.int()
+    return inputs
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Tensors along their first dimension, the others zero-padded to the largest: what the processors themselves do
+    with pictures of several sizes (tiles, pixels) in one batch, and every model knows to leave out."""
+    shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    return torch.cat(
+        [
             pad(t, [x for have, want in zip(t.shape[:0:-1], shape[::-1], strict=True) for x in (0, want - have)])
             for t in tensors
         ]
-        inputs[key] = torch.cat(padded).to(policy.device)
-    if policy.family.positions == "mrope":
-        inputs["mm_token_type_ids"] = (ids == policy.pictures.image_token_id).int()
-    return inputs
+    )

@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from mmft.batch import PromptBatch, Responses, TokenOutputs
+from mmft.vlm.adapters import fold_lora
+from mmft.vlm.decoder import run, share_prefixes
 from mmft.vlm.families import Family, end_tokens, family_of, never_sampled
-from mmft.vlm.pictures import Pictures, backbone, joined_features
-from mmft.vlm.prefix import block_mask, pack
-
-# Log-probabilities are taken from this many bytes of logits at a time (fp32), and recomputed in the backward pass
-# when there are more: (tokens, vocabulary) is the largest array of the update.
-_LOGITS_BYTES = 48 << 20
+from mmft.vlm.logprobs import Distribution, token_logprobs
+from mmft.vlm.pictures import Pictures, joined_features
+from mmft.vlm.prefix import pack
 
 
 class ValueHead(nn.Linear):
@@ -68,14 +65,19 @@ class Policy(nn.Module):
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.family: Family = family_of(model)
         self.shared_prefix = self.family.shared_prefix if shared_prefix is None else shared_prefix
+        fold_lora(model)
+        if self.shared_prefix:
+            for shares in (model, *([reference] if reference is not None else [])):
+                share_prefixes(shares, self.family)
         text_config = model.config.get_text_config()
         self.value_head = ValueHead(text_config.hidden_size) if critic == "head" else None
         # In a list: the reference is not the policy's to train, save or move between ranks.
         self._reference = [reference] if reference is not None else []
         # The plain path takes raw pixels for every response, so it remembers no features.
         cache_bytes = cache_bytes if self.shared_prefix else 0
-        self.pictures = Pictures(model, processor, self.family.positions, cache_bytes)
+        self.pictures = Pictures(model, processor, self.family, cache_bytes)
         self.tower_frozen = not any(p.requires_grad for p in _sight(model))
+        self._softcap = getattr(text_config, "final_logit_softcapping", None)
         self.end_ids = end_tokens(model, self.tokenizer)
         self.register_buffer("banned", torch.zeros(self.head.weight.shape[0], dtype=torch.bool), persistent=False)
         self.register_buffer("banned_ids", torch.zeros(0, dtype=torch.long), persistent=False)
@@ -120,10 +122,10 @@ class Policy(nn.Module):
         if reference:
             with torch.no_grad(), self.as_reference() as model:
                 hidden, targets = self._predictors(model, prompts, responses)
-                logprobs, _ = self.token_logprobs(hidden, targets, temperature)
+                logprobs, _ = token_logprobs(self.distribution(temperature), hidden, targets)
             return TokenOutputs(_unpack(logprobs, responses.mask))
         hidden, targets = self._predictors(self.model, prompts, responses)
-        logprobs, entropies = self.token_logprobs(hidden, targets, temperature, entropy)
+        logprobs, entropies = token_logprobs(self.distribution(temperature), hidden, targets, entropy)
         values = self.value_head(hidden) if self.value_head is not None else None
         return TokenOutputs(
             _unpack(logprobs, responses.mask),
@@ -167,55 +169,18 @@ class Policy(nn.Module):
             from mmft.vlm.plain import plain_predictors
 
             return plain_predictors(self, model, prompts, responses)
-        packed = pack(prompts, responses)
-        hidden = backbone(model)(
-            input_ids=packed.ids,
-            attention_mask=block_mask(packed, model.dtype),
-            position_ids=packed.positions,
-            mm_encoder_outputs=self.features(prompts, model),
-            use_cache=False,
-        ).last_hidden_state
-        return hidden.flatten(0, 1)[packed.predictor], packed.targets
+        packed = pack(prompts, responses, self.family, list(self.pictures.token_ids.values()))
+        features = self.features(prompts, model)
+        hidden = run(model, self.family, packed.ids, packed.positions, packed.attention, features)
+        return hidden[packed.predictor], packed.targets
 
-    def token_logprobs(
-        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each target (M,) from its hidden state (M, H), and the entropy (M,) when asked.
-
-        The logits of all M tokens never stand in memory together: they are made, used and (under autograd)
-        remade chunk by chunk.
-        """
-        chunk = max(1, _LOGITS_BYTES // (4 * self.banned.shape[0]))
-        several = hidden.shape[0] > chunk
-        logprobs, entropies = [], []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            if several and torch.is_grad_enabled():
-                lp, ent = checkpoint(self._score, h, y, temperature, entropy, use_reentrant=False)
-            else:
-                lp, ent = self._score(h, y, temperature, entropy)
-            logprobs.append(lp)
-            entropies.append(ent)
-        return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+    def distribution(self, temperature: float = 1.0) -> Distribution:
+        """What is sampled from, and what log-probs are of: tempered, without the banned tokens."""
+        return Distribution(self.head, self.banned_ids, temperature, self._softcap)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """(M, H) -> (M, V) fp32 logits of the distribution that is sampled from: tempered, placeholders at -inf."""
-        logits = self.head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if temperature != 1.0:
-            logits = logits / temperature
-        # In place: nobody else holds the head's output, and a copy of it is the largest array of the update.
-        return logits.index_fill_(-1, self.banned_ids, float("-inf"))
-
-    def _score(
-        self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        logits = self.logits(hidden, temperature)
-        logprobs = -cross_entropy(logits, targets, reduction="none")
-        if not entropy:
-            return logprobs, None
-        everything = logits.log_softmax(-1)
-        # 0 log 0 = 0, for the banned tokens; masked before the product, or its gradient would be NaN.
-        return logprobs, -(everything.exp() * everything.masked_fill(self.banned, 0.0)).sum(-1)
+        """(M, H) -> (M, V) fp32 logits of the distribution that is sampled from."""
+        return self.distribution(temperature).logits(hidden)
 
 
 def _sight(model: nn.Module) -> Iterator[nn.Parameter]:
