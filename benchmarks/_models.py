@@ -23,6 +23,10 @@ class Shape:
         side: of the square pictures, in pixels.
         trl_batches: values of TRL's ``per_device_train_batch_size`` to try; the fastest is measured.
         micro_prompts: mmft's prompts per forward pass of the update.
+        trl_generation: samples that TRL generates together, to try with the fastest batch, beside a whole iteration's.
+        trl_compile: whether to try `torch_compile` as well; it pays off after some iterations alone.
+        micro_trials: values of ``micro_prompts`` to try.
+        warmup: iterations before the counted ones; none where one of TRL's takes more than a minute.
     """
 
     name: str
@@ -32,6 +36,10 @@ class Shape:
     length: int
     trl_batches: tuple[int, ...]
     micro_prompts: int | None = None
+    trl_generation: tuple[int, ...] = ()
+    trl_compile: bool = False
+    micro_trials: tuple[int, ...] = ()
+    warmup: int = 1
 
     @property
     def samples(self) -> int:
@@ -39,9 +47,25 @@ class Shape:
 
 
 SHAPES = {
-    "bundled": Shape("bundled", 96, 32, 8, 16, (8, 16, 32, 256), micro_prompts=8),
-    "smolvlm256m": Shape("smolvlm256m", 512, 2, 8, 20, (8, 16), micro_prompts=1),
-    "tiny": Shape("tiny", 24, 2, 2, 3, (4,)),  # for the test of the benchmark itself
+    shape.name: shape
+    for shape in (
+        Shape(
+            "bundled",
+            side=96,
+            prompts=32,
+            group=8,
+            length=16,
+            trl_batches=(8, 16, 32, 64, 256),
+            micro_prompts=8,
+            trl_generation=(64, 128),
+            trl_compile=True,
+            micro_trials=(4, 8, 16, 32),
+        ),
+        Shape("smolvlm256m", 512, 2, 8, 20, (8, 16), micro_prompts=1, warmup=0),
+        Shape("qwen250m", 448, 2, 8, 20, (8, 16), micro_prompts=1, warmup=0),
+        # For the tests of the benchmarks themselves.
+        Shape("tiny", 24, 2, 2, 3, (2, 4), trl_generation=(2,), micro_trials=(1, 2)),
+    )
 }
 
 
@@ -54,7 +78,7 @@ def build(shape: Shape, folder: Path) -> Path:
             return BUNDLED["scenes-vlm"]
     if not (folder / "done").is_file():
         torch.manual_seed(0)
-        model, processor = _smolvlm() if shape.name == "smolvlm256m" else _llava(shape.name == "tiny")
+        model, processor = _BUILDERS[shape.name]()
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / "done").touch()
@@ -104,7 +128,7 @@ def _tokenizer(size: int, special: list[str]):
     )
 
 
-def _llava(tiny: bool):
+def _llava(tiny: bool = False):
     """The architecture of the bundled model (see `recipes/pretrain_scenes.py`), or a miniature of it."""
     from transformers import (
         GenerationConfig,
@@ -220,3 +244,69 @@ def _smolvlm():
     model = SmolVLMForConditionalGeneration(config)
     model.generation_config = GenerationConfig(**ids)
     return model, processor
+
+
+def _qwen2_5_vl():
+    """Qwen2.5-VL-3B's layout at 250 M parameters: the shares of tower (20 %), decoder and embedding, the ratios of
+    widths within a layer, windows in the tower, multimodal rotary positions; a 448-px picture is 256 tokens."""
+    from transformers import (
+        GenerationConfig,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = _tokenizer(32768, ["<|pad|>", "<|im_start|>", "<|im_end|>", *marks])
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    hidden = 768
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "hidden_size": 480,
+            "intermediate_size": 1284,
+            "depth": 16,
+            "num_heads": 6,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [3, 7, 11, 15],
+            "out_hidden_size": hidden,
+        },
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden,
+            "intermediate_size": 4128,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            **ids,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=_CHAT.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(**ids)
+    return model, processor
+
+
+_BUILDERS = {
+    "bundled": _llava,
+    "tiny": lambda: _llava(tiny=True),
+    "smolvlm256m": _smolvlm,
+    "qwen250m": _qwen2_5_vl,
+}

@@ -1,14 +1,19 @@
-"""One RL iteration of mmft's PPOTrainer against one of TRL's GRPOTrainer: samples per second and peak memory.
+"""One RL iteration of mmft's PPOTrainer against TRL's GRPOTrainer and RLOOTrainer: time by phase, and memory.
 
-    python benchmarks/vs_trl.py [--shape bundled|smolvlm256m|all] [--repetitions 3] [--steps 2] [--json FILE]
+    python benchmarks/vs_trl.py [--shape bundled|smolvlm256m|qwen250m|all] [--systems ppo,loo,grpo,rloo] [--pairs 5]
+                                [--trl batch=16,cache=static] [--json FILE] [--plot FILE]
 
-Equal on both sides: the checkpoint, the pictures and prompts (every picture new, so that nothing is remembered from
-an earlier iteration), group size, response length, fp32, LoRA adapters, AdamW, the KL term against the model with
-adapters off, the reward function, one optimizer step per iteration. mmft trains a critic besides. Every response is
-exactly as long as the shape says, because neither side may sample the end-of-sequence token.
+Systems: `ppo` (mmft with a critic), `loo` (mmft, leave-one-out baseline), `grpo` and `rloo` (TRL). Equal for all: the
+checkpoint, the pictures and prompts (every picture new, so that nothing is remembered from an earlier iteration),
+group size, response length, fp32, LoRA adapters, AdamW, the KL term against the model with adapters off, the reward
+function, one optimizer step per iteration. Every response is exactly as long as the shape says, because no side may
+sample the end-of-sequence token.
 
-Each measurement is a process of its own, the two systems in turns. TRL runs without gradient checkpointing and with
-the batch size that was fastest in a trial of all of `Shape.trl_batches`. The first iteration is not counted.
+Each system is one process. They take turns, an iteration at a time, in an order that rotates, while the others wait;
+the n-th iterations of two systems are a pair. Before the first one each scores the same response by its own code, and
+the log-probs must agree to 1e-3. TRL runs without gradient checkpointing and with the setting that was fastest in a
+trial of batch sizes, generation batches, a static cache and `torch_compile`; mmft with the fastest `micro_prompts`.
+Where an iteration of TRL's takes more than a minute, there is no warm-up iteration and less to try (`_models.Shape`).
 """
 
 from __future__ import annotations
@@ -17,298 +22,221 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import _trl  # noqa: E402
 from benchmarks._models import SHAPES, Shape, build, rows  # noqa: E402
+from benchmarks._systems import OURS, PHASES, THEIRS, reward, work  # noqa: E402
+from benchmarks._turns import Process, serve  # noqa: E402
 
-BETA, LEARNING_RATE, SEED = 0.02, 1e-5, 0
-TARGETS = {"bundled": 6.0, "smolvlm256m": 8.0}  # samples per second, times TRL's
-MEMORY_TARGET = 0.6  # peak memory of the process, times TRL's
-
-
-def reward(text: str) -> float:
-    """A cheap score that differs between responses: how many different characters."""
-    return len(set(text.strip())) / 64
-
-
-# --- one measurement, in a process of its own --------------------------------------------------------
-
-
-def measure(system: str, shape: Shape, folder: Path, dataset: Path, steps: int, batch: int | None) -> dict:
-    """One warm-up iteration and ``steps`` counted ones of "mmft" or "trl".
-
-    Args:
-        batch: TRL's per-device batch size, in samples; mmft's prompts per forward pass of the update.
-
-    Returns:
-        seconds of each counted iteration, phases (mean seconds), memory in MiB, and what both sides must agree on.
-    """
-    from datasets import load_from_disk
-
-    from mmft.vlm.load import load_model, lora_config
-
-    seen: list[tuple[str, float]] = []
-
-    def score(completions, **columns) -> list[float]:
-        texts = [completion[0]["content"] for completion in completions]
-        scores = [reward(text) for text in texts]
-        seen.extend(zip(texts, scores))
-        return scores
-
-    model, processor = load_model(str(folder), dtype="float32")
-    arguments = (model, processor, lora_config(model), score, load_from_disk(str(dataset)))
-    run = _run_mmft if system == "mmft" else _run_trl
-    with tempfile.TemporaryDirectory() as scratch:
-        result = run(shape, steps, batch, *arguments, scratch)
-    samples = (steps + 1) * shape.samples
-    if len(seen) != samples or {result.pop("length")} != {float(shape.length)}:
-        raise RuntimeError(f"{system}: {len(seen)} responses scored, {samples} expected of {shape.length} tokens each")
-    # What the trainer says it learned from is what the function gave it.
-    given = sum(score for _, score in seen) / samples
-    if abs(given - result["reward"]) > 1e-5:
-        raise RuntimeError(f"{system}: the trainer's mean reward is {result['reward']}, the given one {given}")
-    return result | {"system": system, "shape": shape.name, "batch": batch, "seen": seen[:4]}
-
-
-def _run_mmft(shape, steps, batch, model, processor, adapters, score, dataset, scratch) -> dict:
-    from mmft.training.config import PPOConfig
-    from mmft.training.trainer import PPOTrainer
-
-    config = PPOConfig(
-        output_dir=scratch,
-        seed=SEED,
-        max_steps=steps + 1,
-        prompts_per_step=shape.prompts,
-        num_generations=shape.group,
-        max_completion_length=shape.length,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        num_ppo_epochs=1,
-        num_mini_batches=1,
-        micro_prompts=batch,
-        kl_coef=BETA,
-        report_to=(),
-    )
-    trainer = PPOTrainer(model, score, config, dataset, None, processor, adapters)
-    trainer.policy.ban(trainer.policy.end_ids)  # never sampled: every response runs to its full length
-    base = _reset_peak()
-    logs, seconds = [], []
-    for step in range(1, steps + 2):
-        start = time.perf_counter()
-        logs.append(trainer.step(step))
-        seconds.append(time.perf_counter() - start)
-    return {
-        "seconds": seconds[1:],
-        "phases": {k: sum(m[k] for m in logs[1:]) / steps for k in logs[0] if k.startswith("time/")},
-        "reward": sum(m["reward"] for m in logs) / len(logs),
-        "length": sum(m["response_length"] for m in logs) / len(logs),
-        **_peak(base),
-    }
-
-
-def _run_trl(shape, steps, batch, model, processor, adapters, score, dataset, scratch) -> dict:
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__) -> None:
-            ends.append(time.perf_counter())
-
-    micro_batches = shape.samples // batch
-    banned = [model.config.image_token_id, processor.tokenizer.eos_token_id]
-    config = GRPOConfig(
-        output_dir=scratch,
-        seed=SEED,
-        max_steps=steps + 1,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=micro_batches,
-        steps_per_generation=micro_batches,
-        num_generations=shape.group,
-        num_iterations=1,
-        max_completion_length=shape.length,
-        generation_kwargs={"suppress_tokens": banned},  # the same two that mmft bans
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        beta=BETA,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        shuffle_dataset=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=score,
-        args=config,
-        train_dataset=dataset,
-        processing_class=processor,
-        peft_config=adapters,
-        callbacks=[Clock()],
-    )
-    if getattr(trainer.model, "is_activation_checkpointing", False):
-        raise RuntimeError("TRL's model recomputes activations; the comparison wants it at its fastest")
-    base = _reset_peak()
-    trainer.train()
-    logs = trainer.state.log_history[-1]  # written once, at the end: means over all iterations
-    return {
-        "seconds": [b - a for a, b in zip(ends, ends[1:])],
-        "phases": {},
-        "reward": logs["reward"],
-        "length": logs["completions/mean_length"],
-        **_peak(base),
-    }
-
-
-def _memory(key: str) -> float:
-    """A line of Linux's account of this process, in MiB: "VmRSS" now, "VmHWM" the highest since the last reset.
-
-    Not `ru_maxrss`: that of a child starts at what its parent held.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no {key} in /proc/self/status: memory can be measured on Linux alone")
-
-
-def _reset_peak() -> float:
-    """MiB held now, with libraries, model and trainer loaded; the high-water mark starts again from here."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # then loading counts too, on both sides
-    return _memory("VmRSS")
-
-
-def _peak(base: float) -> dict[str, float]:
-    peak = _memory("VmHWM")
-    return {"peak_mib": peak, "increase_mib": peak - base}
-
+TARGETS = {"bundled": 10.0, "smolvlm256m": 12.0, "qwen250m": 12.0}  # samples per second, times GRPO's
+MEMORY_TARGET = 0.5  # peak memory of the process, times GRPO's
+SAME_LOGPROBS = 1e-3  # nats between two ways of computing one fp32 log-prob
 
 # --- the comparison ----------------------------------------------------------------------------------
 
 
-def compare(shape: Shape, cache: Path, repetitions: int, steps: int, trl_batch: int | None, threads: int) -> dict:
-    """Measures both systems in turns and returns every measurement, with the medians and ranges of the ratios."""
+def compare(
+    shape: Shape, cache: Path, systems: list[str], pairs: int, trl: str | None, threads: int, sweep: bool = True
+) -> dict[str, Any]:
+    """Measures the systems in turns; returns every measurement, with the medians and ranges of the ratios.
+
+    Args:
+        trl: TRL's setting, instead of trying several.
+        sweep: False takes the first settings untried, on both sides.
+    """
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
-
     folder = build(shape, cache / shape.name)
     with tempfile.TemporaryDirectory() as scratch:
-        dataset = Path(scratch) / "rows"
-        Dataset.from_list(rows(shape, shape.prompts * (steps + 1))).save_to_disk(str(dataset))
 
-        def once(system: str, batch: int | None, counted: int = steps) -> dict:
-            result = _in_process(system, shape, folder, dataset, counted, batch, threads)
-            seconds, name = median(result["seconds"]), f"{shape.name:12} {system:5} batch {batch or 'all':>4}"
-            print(f"  {name}: {seconds:8.3f} s/iteration, peak {result['peak_mib']:.0f} MiB", flush=True)
-            return result
+        def saved(steps: int) -> Path:
+            path = Path(scratch) / f"rows-{steps}"
+            if not path.exists():
+                Dataset.from_list(rows(shape, shape.prompts * steps + 1)).save_to_disk(str(path))
+            return path
 
-        batches = [trl_batch] if trl_batch else shape.trl_batches
-        trials = [once("trl", batch, 1) for batch in batches] if len(batches) > 1 else []
-        fastest = min(trials, key=lambda t: t["seconds"][0])["batch"] if trials else batches[0]
-        pairs = []
-        for i in range(repetitions):
-            pair = {}
-            for system in ("mmft", "trl") if i % 2 == 0 else ("trl", "mmft"):
-                pair[system] = once(system, fastest if system == "trl" else shape.micro_prompts)
-            pairs.append(pair)
-    for system in ("mmft", "trl"):
-        for text, score in pairs[0][system]["seen"]:
+        def process_of(system: str, setting: str | int | None, steps: int) -> Process:
+            order = {"system": system, "shape": shape.name, "folder": str(folder), "dataset": str(saved(steps))}
+            return Process(__file__, order | {"setting": setting, "threads": threads}, threads)
+
+        def trial(system: str, setting: str | int | None) -> dict[str, Any]:
+            found: dict[str, Any] = {"system": system, "setting": setting}
+            try:
+                with process_of(system, setting, shape.warmup + 1) as process:
+                    process.read()
+                    found |= [process.go() for _ in range(shape.warmup + 1)][-1]
+            except RuntimeError as error:
+                found["failed"] = str(error).strip().splitlines()[-1]
+            print(_line(shape, found), flush=True)
+            return found
+
+        trials, settings = _settings(shape, systems, trial if sweep else None, trl)
+        with ExitStack() as stack:
+            waiting = {}
+            for system in systems:  # one after the other: loading takes memory too
+                process = stack.enter_context(process_of(system, settings[system], shape.warmup + pairs))
+                waiting[system] = (process, process.read())
+            gap = _same_logprobs({system: first["logprobs"] for system, (_, first) in waiting.items()})
+            found: dict[str, list[dict[str, Any]]] = {system: [] for system in systems}
+            for i in range(-shape.warmup, pairs):
+                for system in systems[i % len(systems) :] + systems[: i % len(systems)]:
+                    measured = waiting[system][0].go()
+                    if i >= 0:
+                        found[system].append(measured)
+                        print(_line(shape, measured | {"system": system, "setting": settings[system]}), flush=True)
+            ends = {system: process.go() for system, (process, _) in waiting.items()}
+    for system, end in ends.items():
+        for text, score in end["seen"]:
             if score != reward(text):
                 raise RuntimeError(f"{system} was given {score} for {text!r}, not {reward(text)}")
-    ratios = {
-        "speed": [median(p["trl"]["seconds"]) / median(p["mmft"]["seconds"]) for p in pairs],
-        "peak": [p["mmft"]["peak_mib"] / p["trl"]["peak_mib"] for p in pairs],
-        "increase": [p["mmft"]["increase_mib"] / p["trl"]["increase_mib"] for p in pairs],
-    }
     return {
         "shape": vars(shape),
-        "trl_batch": fastest,
+        "settings": settings,
         "trials": trials,
-        "pairs": pairs,
-        "ratios": {k: {"median": median(v), "low": min(v), "high": max(v)} for k, v in ratios.items()},
+        "iterations": found,
+        "ends": ends,
+        "logprob_gap": gap,
+        "ratios": _ratios(found),
         "targets": {"speed": TARGETS.get(shape.name), "peak": MEMORY_TARGET},
     }
 
 
-def _in_process(system, shape, folder, dataset, steps, batch, threads) -> dict:
-    order = {**vars(shape), "system": system, "folder": str(folder), "dataset": str(dataset)}
-    order |= {"steps": steps, "batch": batch, "threads": threads}
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-    with tempfile.NamedTemporaryFile(suffix=".json") as answer:
-        command = [sys.executable, __file__, "--worker", json.dumps(order), "--json", answer.name]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{system} at {shape.name}, batch {batch}, failed:\n{done.stderr[-4000:]}")
-        return json.loads(Path(answer.name).read_text())
+def _settings(
+    shape: Shape, systems: list[str], trial: Callable | None, trl: str | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The trials, and each system's setting: the fastest. TRL's trials are GRPO's (RLOO where that is not asked for).
+
+    First the batch, then with the fastest of them how many samples are generated together and in what cache; then
+    with all that compiled, where the shape asks for it.
+    """
+    trials: list[dict[str, Any]] = []
+
+    def best(system: str, candidates: list) -> Any:
+        """The fastest of the candidates and of this system's earlier trials."""
+        if trial is None or (len(candidates) == 1 and not any(t["system"] == system for t in trials)):
+            return candidates[0]
+        trials.extend(trial(system, candidate) for candidate in candidates)
+        worked = [t for t in trials if t["system"] == system and "failed" not in t]
+        if not worked:
+            raise RuntimeError(f"{system} at {shape.name}: no setting works; the last one: {trials[-1]['failed']}")
+        return min(worked, key=lambda t: t["seconds"])["setting"]
+
+    settings: dict[str, Any] = {}
+    theirs = [system for system in systems if system in THEIRS]
+    if theirs and trl is None:
+        first = "grpo" if "grpo" in theirs else theirs[0]
+        trl = best(first, [str(_trl.Setting(batch)) for batch in shape.trl_batches])
+        if trial is not None:
+            chosen = _trl.Setting.parse(trl)
+            more = [replace(chosen, generation=n) for n in shape.trl_generation if n >= chosen.batch]
+            trl = best(first, [str(setting) for setting in [*more, replace(chosen, cache="static")]])
+            if shape.trl_compile:
+                trl = best(first, [str(replace(_trl.Setting.parse(trl), compile=True))])
+    ours = [system for system in systems if system in OURS]
+    if ours:
+        micro = best(ours[0], list(shape.micro_trials or (shape.micro_prompts,)) if trial else [shape.micro_prompts])
+        settings |= dict.fromkeys(ours, micro)
+    return trials, settings | dict.fromkeys(theirs, trl)
 
 
-def _worker(order: dict) -> dict:
-    import torch
+def _same_logprobs(found: dict[str, list[float]]) -> float:
+    """The largest difference between any two systems' log-probs. RuntimeError where it is not rounding."""
+    gap = max(max(column) - min(column) for column in zip(*found.values(), strict=True))
+    if gap > SAME_LOGPROBS:
+        raise RuntimeError(f"log-probs of one response differ by up to {gap:.2e} nats between systems: {found}")
+    return gap
 
-    torch.set_num_threads(order.pop("threads"))
-    own = {key: order.pop(key) for key in ("system", "folder", "dataset", "steps", "batch")}
-    return measure(own["system"], Shape(**order), Path(own["folder"]), Path(own["dataset"]), own["steps"], own["batch"])
+
+def _ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """ "ppo/grpo" and so on -> speed, peak, increase -> median, low and high over the pairs."""
+    ratios = {}
+    for ours in (s for s in found if s in OURS):
+        for theirs in (s for s in found if s in THEIRS):
+            pairs = list(zip(found[ours], found[theirs], strict=True))
+            values = {
+                "speed": [b["seconds"] / a["seconds"] for a, b in pairs],
+                "peak": [a["peak_mib"] / b["peak_mib"] for a, b in pairs],
+                "increase": [a["increase_mib"] / b["increase_mib"] for a, b in pairs],
+            }
+            ratios[f"{ours}/{theirs}"] = {
+                name: {"median": median(v), "low": min(v), "high": max(v)} for name, v in values.items()
+            }
+    return ratios
 
 
 # --- what is printed ---------------------------------------------------------------------------------
 
 
-def table(result: dict) -> str:
-    """The table of one shape, and its ratios against the targets."""
+def _line(shape: Shape, found: dict[str, Any]) -> str:
+    start = f"  {shape.name:12} {found['system']:5} {found['setting'] or 'all'!s:28}"
+    if "failed" in found:
+        return f"{start} failed: {found['failed']}"
+    phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in found["phases"].items())
+    return f"{start} {found['seconds']:8.3f} s ({phases}), peak {found['peak_mib']:.0f} MiB"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table of one shape: medians per system, and the ratios against the targets."""
     shape = result["shape"]
     samples, length = shape["prompts"] * shape["group"], shape["length"]
     lines = [
         f"{shape['name']}: {shape['prompts']} prompts x {shape['group']} responses x {length} tokens, "
-        f"{shape['side']}-px pictures; TRL's batch: {result['trl_batch']} of {samples} samples",
-        f"{'':6}{'s/iteration':>12}{'samples/s':>11}{'tokens/s':>10}{'peak MiB':>10}{'increase':>10}",
+        f"{shape['side']}-px pictures; log-probs of one response agree to {result['logprob_gap']:.1e}",
+        "settings: " + "; ".join(f"{k} {v or 'all prompts at once'}" for k, v in result["settings"].items()),
+        f"{'':6}{'s/iteration':>12}{'samples/s':>11}{'tokens/s':>10}{'peak MiB':>10}{'increase':>10}"
+        + "".join(f"{phase:>11}" for phase in PHASES),
     ]
-    for system in ("mmft", "trl"):
-        runs = [pair[system] for pair in result["pairs"]]
-        seconds = median(s for run in runs for s in run["seconds"])
-        peak, increase = (median(run[k] for run in runs) for k in ("peak_mib", "increase_mib"))
+    for system, runs in result["iterations"].items():
+        seconds, peak, increase = (median(run[k] for run in runs) for k in ("seconds", "peak_mib", "increase_mib"))
         lines.append(
             f"{system:6}{seconds:12.3f}{samples / seconds:11.2f}{samples * length / seconds:10.1f}"
             f"{peak:10.0f}{increase:10.0f}"
+            + "".join(f"{median(run['phases'][phase] for run in runs):11.3f}" for phase in PHASES)
         )
-    phases = [pair["mmft"]["phases"] for pair in result["pairs"]]
-    lines.append("mmft: " + ", ".join(f"{k[5:]} {median(p[k] for p in phases):.3f} s" for k in phases[0]))
-    texts = {
-        "speed": "samples/s, times TRL's",
-        "peak": "peak memory, times TRL's",
-        "increase": "peak above the loaded model, times TRL's",
-    }
-    for name, text in texts.items():
-        ratio, target = result["ratios"][name], result["targets"].get(name)
-        verdict = ""
-        if target is not None:
-            met = ratio["median"] >= target if name == "speed" else ratio["median"] <= target
-            sign = ">=" if name == "speed" else "<="
-            verdict = f"   target {sign} {target:g}: {'met' if met else 'NOT met'}"
-        lines.append(f"{text:42}{ratio['median']:7.2f}  ({ratio['low']:.2f} to {ratio['high']:.2f}){verdict}")
+    texts = {"speed": "samples/s", "peak": "peak memory", "increase": "peak above the loaded model"}
+    for pair, ratios in result["ratios"].items():
+        ours, theirs = pair.split("/")
+        for name, text in texts.items():
+            ratio, target = ratios[name], result["targets"].get(name) if theirs == "grpo" else None
+            verdict = ""
+            if target is not None:
+                met = ratio["median"] >= target if name == "speed" else ratio["median"] <= target
+                sign = ">=" if name == "speed" else "<="
+                verdict = f"   target {sign} {target:g}: {'met' if met else 'NOT met'}"
+            what = f"{ours}: {text}, times {theirs}'s"
+            lines.append(f"{what:46}{ratio['median']:7.2f}  ({ratio['low']:.2f} to {ratio['high']:.2f}){verdict}")
     return "\n".join(lines)
 
 
-def environment(threads: int) -> dict:
+def plot(results: list[dict[str, Any]], file: Path) -> None:
+    """Seconds per iteration by phase, a bar per system and a panel per shape."""
+    from benchmarks._plots import figure, stacked
+
+    with figure(file, len(results), (5.6, 2.6)) as panels:
+        for axes, result in zip(panels, results):
+            bars = {
+                system: {phase: median(run["phases"][phase] for run in runs) for phase in PHASES}
+                for system, runs in result["iterations"].items()
+            }
+            stacked(axes, bars, f"seconds per iteration, {result['shape']['name']}")
+
+
+def environment(threads: int) -> dict[str, Any]:
     """Versions, processor and threads of a measurement."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -325,26 +253,37 @@ def environment(threads: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
-    parser.add_argument("--repetitions", type=int, default=3, help="pairs of processes")
-    parser.add_argument("--steps", type=int, default=2, help="counted iterations per process, after one warm-up")
-    parser.add_argument("--trl-batch", type=int, help="TRL's batch size in samples, instead of trying several")
+    parser.add_argument("--systems", default="ppo,loo,grpo,rloo", help="of ppo, loo, grpo, rloo")
+    parser.add_argument("--pairs", type=int, default=5, help="counted iterations of each system")
+    parser.add_argument("--trl", help="TRL's setting (batch=N[,generation=N][,cache=static][,compile=yes]), untried")
+    parser.add_argument("--no-sweep", action="store_true", help="take the first setting of each side untried")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "mmft-benchmarks")
     parser.add_argument("--json", type=Path, help="where all measurements are written")
+    parser.add_argument("--plot", type=Path, help="where seconds by phase are drawn")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        args.json.write_text(json.dumps(_worker(json.loads(args.worker))))
+        order = json.loads(args.worker)
+        serve(lambda turn: work(order, turn))
         return
-    about = environment(args.threads)
+    systems = args.systems.split(",")
+    if unknown := set(systems) - {*OURS, *THEIRS}:
+        parser.error(f"--systems: unknown {', '.join(sorted(unknown))}; there are {', '.join((*OURS, *THEIRS))}")
+    if args.trl:
+        _trl.Setting.parse(args.trl)
+    about, began = environment(args.threads), time.time()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    names = ["bundled", "smolvlm256m"] if args.shape == "all" else [args.shape]
     results = []
-    for name in names:
-        results.append(compare(SHAPES[name], args.cache, args.repetitions, args.steps, args.trl_batch, args.threads))
-        print(f"\n{table(results[-1])}\n", flush=True)
+    for name in [n for n in SHAPES if n != "tiny"] if args.shape == "all" else [args.shape]:
+        results.append(
+            compare(SHAPES[name], args.cache, systems, args.pairs, args.trl, args.threads, not args.no_sweep)
+        )
+        print(f"\n{table(results[-1])}\n({time.time() - began:.0f} s so far)\n", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"environment": about, "results": results}, indent=1) + "\n")
+    if args.plot:
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mmft.recipe import RecipeError, load_recipe
 
@@ -22,6 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rewards.add_argument("overrides", nargs="*", metavar="key.sub=value")
     rewards.add_argument("--rows", type=int, default=64, help="held-out rows that are probed (default: 64)")
     rewards.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, too")
+    memory = subjects.add_parser("memory", help="how much memory each phase will take, before anything is loaded")
+    memory.add_argument("recipe", metavar="RECIPE.yaml")
+    memory.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    memory.add_argument("--rows", type=int, default=4, help="training rows; the longest prompt counts (default: 4)")
+    memory.add_argument("--ranks", type=int, default=1, help="processes that share a step (default: 1)")
+    memory.add_argument("--zero", type=int, choices=range(4), default=0, help="DeepSpeed's stage (default: 0, DDP)")
+    memory.add_argument("--device-gib", type=float, help="memory of the GPU; without it, this machine's CPU")
+    memory.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
     options, rest = parser.parse_known_args(arguments)
     if wrong := [word for word in rest if "=" not in word or word.startswith("-")]:
         parser.error(f"unknown argument: {wrong[0]}")
@@ -31,21 +41,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 2
-    return _doctor_rewards(recipe, options.rows, options.json)
+    return _doctor_memory(recipe, options) if options.subject == "memory" else _doctor_rewards(recipe, options)
 
 
-def _doctor_rewards(recipe, rows: int, file: Path | None) -> int:
+def _doctor_rewards(recipe, options) -> int:
     from mmft.training.doctor import doctor_rewards  # torch and transformers: only once the recipe is sound
 
+    return _show(lambda: doctor_rewards(recipe, options.rows), lambda report: not report.flagged, options.json)
+
+
+def _doctor_memory(recipe, options) -> int:
+    from mmft.training.memory import plan_memory
+
+    plan = partial(plan_memory, recipe, options.ranks, options.zero, options.device_gib, options.rows)
+    return _show(plan, lambda plan: plan.fits, options.json)
+
+
+def _show(look: Callable[[], Any], fine: Callable[[Any], bool], file: Path | None) -> int:
+    """Prints what a doctor found; 0 where it is fine."""
     try:
-        report = doctor_rewards(recipe, rows)
+        found = look()
         if file:
-            file.write_text(json.dumps(report.as_dict(), indent=1))
+            file.write_text(json.dumps(found.as_dict(), indent=1))
     except (ValueError, OSError, RuntimeError) as error:
         print("error:", str(error).partition("\n")[0], file=sys.stderr)
         return 2
-    print(report.table())
-    return 1 if report.flagged else 0
+    print(found.table())
+    return 0 if fine(found) else 1
 
 
 if __name__ == "__main__":

@@ -46,6 +46,14 @@ class Lora(Section):
     target: str = Field("language", min_length=1)  # which layers; see mmft/vlm/families.py
 
 
+class PictureCache(Section):
+    """Features of pictures kept across steps while the tower is frozen."""
+
+    memory_mib: int = Field(1024, ge=0)  # 0 keeps none
+    folder: str | None = Field(None, min_length=1)  # also on disk, for later runs; null = in memory alone
+    disk_mib: int = Field(10240, ge=1)  # the oldest go first
+
+
 class Model(Section):
     """The policy: which model, what of it learns, and whether a critic stands beside it."""
 
@@ -55,6 +63,23 @@ class Model(Section):
     lora: Lora = Lora()
     critic: Literal["head", "none"] = "head"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False  # the decoder's layers by torch.compile; the first steps then take minutes
+    picture_cache: PictureCache = PictureCache()
+
+
+class Video(Section):
+    """How a clip reaches the model."""
+
+    frames: int = Field(8, ge=1)  # taken evenly in time from each clip
+    native: bool = False  # by the processor's own video input (needs torchvision); else as that many pictures
+    max_side: int = Field(768, ge=16)  # pixels; longer frames are made smaller
+
+
+class Audio(Section):
+    """How a sound reaches the model."""
+
+    sampling_rate: int = Field(16_000, ge=1)  # Hz, of the model's feature extractor
+    max_seconds: float = Field(30.0, gt=0)  # longer sounds are refused
 
 
 class Data(Section):
@@ -65,6 +90,8 @@ class Data(Section):
     eval: str = Field("test", min_length=1)
     train_rows: int | None = Field(None, ge=1)  # the first so many rows only
     prompt: str | None = Field(None, min_length=1)  # replaces the prompt of every row
+    video: Video = Video()
+    audio: Audio = Audio()
 
 
 class Algorithm(Section):
@@ -97,6 +124,15 @@ class Algorithm(Section):
         return data
 
 
+class Vllm(Section):
+    """vLLM: a server started as docs/generation.md says, or in this process."""
+
+    url: str | None = Field("http://127.0.0.1:8000", pattern=r"^https?://")  # null = in this process
+    memory: float = Field(0.3, gt=0, lt=1)  # with url null: share of the GPU that it takes
+    timeout: float = Field(240.0, gt=0)  # seconds
+    tolerance: float = Field(0.1, gt=0)  # nats a token between its log-probs and the policy's own, mean of a prompt
+
+
 class Rollout(Section):
     """How much is sampled per step: prompts_per_step x num_generations responses, over all processes."""
 
@@ -104,6 +140,8 @@ class Rollout(Section):
     num_generations: int = Field(8, ge=1)
     max_completion_length: int = Field(24, ge=1)  # tokens, end token included
     temperature: float = Field(1.0, gt=0)
+    engine: Literal["native", "hf", "vllm"] = "native"  # the shared prefix, model.generate, or vLLM
+    vllm: Vllm = Vllm()
 
 
 class Train(Section):
@@ -118,6 +156,7 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0)
     save_every: int = Field(20, ge=0)  # steps; 0 = only at the end
     micro_prompts: int | None = Field(None, ge=1)  # prompts per forward pass; null = the whole minibatch
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
 
 class WarmStart(Section):

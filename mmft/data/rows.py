@@ -1,21 +1,23 @@
 """Rows: a lazy sequence of samples, and the one place that opens picture files.
 
-A row is a dict with "id", "prompt", "image" (RGB), "references" and whatever else a data set brings. Pictures are
-opened when a row is asked for and not kept, so a data set of any size costs only its text.
+A row is a dict with "id", "prompt", "image" (RGB), "references" and whatever else a data set brings. Rows of clips
+have "images" or "video" instead of "image", rows of sounds "audio" (see `mmft.data.video`, `mmft.data.audio`). Files
+are opened when a row is asked for and not kept, so a data set of any size costs only its text.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mmft.data.containers import check_plain
 
 MAX_PIXELS = 89_478_485  # where Pillow starts to warn of decompression bombs; refused from the header alone
 MAX_FILE_CHECKS = 10_000
@@ -32,38 +34,59 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Any) -> Any:
-        """The row, its picture opened there and then; for a slice, rows."""
+        """The row, its file opened there and then; for a slice, rows."""
 
     def text(self, index: int) -> dict[str, Any]:
-        """The row without its picture: no "image" key, and "picture", a name of it, instead."""
+        """The row without its file: no "image" key, and "picture", a name of it, instead."""
 
     def references(self) -> list[list[str]]:
         """The reference texts of every row, in order."""
 
 
-class PictureRows(Sequence[dict[str, Any]]):
-    """Rows whose pictures are files below one folder.
+@dataclass(frozen=True)
+class Reader:
+    """How the files of rows are read.
+
+    Attributes:
+        column: where an opened file stands in its row.
+        open: (path, where) -> the column's value. Raises ValueError that begins with ``where``.
+        check: (path, where): raises ValueError if the file looks unsound; cheaper than opening it.
+        decoded: files that a look at all rows opens in full.
+    """
+
+    column: str
+    open: Callable[[Any, str], Any]
+    check: Callable[[Path, str], None]
+    decoded: int
+
+
+class FileRows(Sequence[dict[str, Any]]):
+    """Rows whose pictures, clips or sounds are files below one folder.
 
     Args:
         records: one dict per row with "id", "prompt", "picture" (path below ``root``), "references".
-        root: the folder that no picture may lie outside of.
+        root: the folder that no file may lie outside of.
+        reader: how the files are read; as pictures where it is None.
     """
 
-    column_names = ["id", "prompt", "image", "references"]
-
-    def __init__(self, records: Sequence[dict[str, Any]], root: str | Path) -> None:
+    def __init__(self, records: Sequence[dict[str, Any]], root: str | Path, reader: Reader | None = None) -> None:
         self.records = list(records)
         self.root = Path(root)
+        self.reader = reader or PICTURES
+
+    @property
+    def column_names(self) -> list[str]:
+        return ["id", "prompt", self.reader.column, "references"]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return PictureRows(self.records[index], self.root)
-        record = self.text(index)
-        image = open_picture(self.path(index), row=record["id"])
-        return {key: image if key == "image" else record[key] for key in self.column_names}
+            return FileRows(self.records[index], self.root, self.reader)
+        record, path = self.text(index), self.path(index)
+        opened = self.reader.open(path, self.where(index))
+        return {key: opened if key == self.reader.column else record[key] for key in self.column_names}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -76,9 +99,45 @@ class PictureRows(Sequence[dict[str, Any]]):
         return [list(record["references"]) for record in self.records]
 
     def path(self, index: int) -> Path:
-        """The picture's file. Raises ValueError where it would lie outside the folder."""
+        """The row's file. Raises ValueError where it would lie outside the folder."""
         record = self.records[index]
         return inside(self.root, record["picture"], f"row {record['id']}")
+
+    def where(self, index: int) -> str:
+        """What errors call the row's file."""
+        kind = {"image": "picture", "audio": "sound"}.get(self.reader.column, "clip")
+        return f"row {self.records[index]['id']}: {kind} {self.path(index)}"
+
+
+class OpenedRows(Sequence[dict[str, Any]]):
+    """Any rows, the files (or frames, or samples) in one of their columns opened when a row is asked for.
+
+    For rows that are not made here: ``OpenedRows(dataset, "video", Clips(frames=8).reader)``. A row without the
+    column, or with None in it, stays as it is.
+    """
+
+    def __init__(self, rows: Any, column: str, reader: Reader) -> None:
+        self.rows, self.column, self.reader = rows, column, reader
+
+    @property
+    def column_names(self) -> list[str]:
+        return [self.reader.column if name == self.column else name for name in self.rows.column_names]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return OpenedRows([self.rows[i] for i in range(*index.indices(len(self)))], self.column, self.reader)
+        row = dict(self.rows[index])
+        source = row.pop(self.column, None)
+        if source is not None:
+            name = f" {source}" if isinstance(source, str | Path) else ""
+            row[self.reader.column] = self.reader.open(source, f"row {row.get('id', index)}: {self.column}{name}")
+        return row
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
 
 
 class Prompted(Sequence[dict[str, Any]]):
@@ -174,27 +233,17 @@ def check_file(path: Path, where: str) -> None:
     return None
 
 
+PICTURES = Reader("image", lambda path, where: open_picture(path, where=where), check_file, decoded=1000)
+
+
 def _as_said(error: ValueError, where: str) -> ValueError:
     if str(error).startswith(where):
         return error
     return ValueError(f"{where} is damaged: {error}; replace the file or take the row out")
 
 
-def _stat(path: Path, where: str) -> None:
-    try:
-        status = path.stat()
-    except OSError as error:
-        kind = "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
-        raise ValueError(f"{where} {kind}; expected a picture file") from None
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
-        kind = "folder" if stat.S_ISDIR(status.st_mode) else "special file"
-        raise ValueError(f"{where} is a {kind}; expected a picture file")
-    if status.st_size == 0:
-        raise ValueError(f"{where} is empty (0 bytes); expected a picture file")
-
-
 def _opened(path: Path, where: str) -> Image.Image:
-    _stat(path, where)
+    check_plain(path, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -228,12 +277,12 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_rows(rows: Rows, decode: int = 1000) -> None:
-    """Looks at every picture before anything is trained on it.
+def check_rows(rows: Rows, decode: int | None = None) -> None:
+    """Looks at every file before anything is trained on it.
 
     Every file must exist; up to 10,000 (evenly spread) must be sound as far as header, checksums and end of file
-    tell; up to ``decode`` (evenly spread) are decoded in full. Every row needs at least one non-empty reference.
-    Rows that draw their own pictures pass.
+    tell; up to ``decode`` (evenly spread; 1,000 pictures, 50 clips or sounds) are decoded in full. Every row needs
+    at least one non-empty reference. Rows that draw their own pictures pass.
 
     Raises:
         ValueError: lists the first ten bad rows with path and reason, and how many there are.
@@ -243,21 +292,21 @@ def check_rows(rows: Rows, decode: int = 1000) -> None:
     bad: list[str] = []
     if isinstance(rows, Prompted):
         rows = rows.rows
-    if not isinstance(rows, PictureRows):
+    if not isinstance(rows, FileRows):
         return
-    files, decoded = _spread(len(rows), MAX_FILE_CHECKS), _spread(len(rows), decode)
+    files = _spread(len(rows), MAX_FILE_CHECKS)
+    decoded = _spread(len(rows), rows.reader.decoded if decode is None else decode)
     for index, record in enumerate(rows.records):
-        where = f"row {record['id']}"
         try:
             if not any(reference.strip() for reference in record["references"]):
-                raise ValueError(f"{where}: no references; expected at least one caption")
-            path = rows.path(index)
+                raise ValueError(f"row {record['id']}: no references; expected at least one caption")
+            path, where = rows.path(index), rows.where(index)
             if index in decoded:
-                open_picture(path, row=record["id"])
+                rows.reader.open(path, where)
             elif index in files:
-                check_file(path, f"{where}: picture {path}")
+                rows.reader.check(path, where)
             else:
-                _stat(path, f"{where}: picture {path}")
+                check_plain(path, where)
         except ValueError as error:
             bad.append(str(error))
     if bad:

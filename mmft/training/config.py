@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mmft.training.guards import DEFAULT_GUARDS, LIMITS, Guard
 
 _CHOICES = {
     "critic": ("head", "none"),
     "critic_start": ("fit", "zero"),
+    "engine": ("native", "hf", "vllm"),
     "lr_scheduler_type": ("constant", "linear", "cosine"),
     "kl_estimator": ("k1", "k2", "k3"),
 }
@@ -49,7 +51,12 @@ class PPOConfig:
         save_steps, eval_steps: every so many steps; 0 = only at the end.
         eval_rows: at most this many rows of the evaluation set.
         eval_batch: prompts decoded together in evaluation.
+        engine: what writes responses in training: "native", "hf" or "vllm" (see `mmft.training.engines`).
+        vllm: options of the last: ``url``, ``timeout``, ``tolerance``; None = its defaults.
+        gradient_checkpointing: recompute activations in the backward pass.
+        compile: the decoder's layers by `torch.compile`.
         cache_bytes: memory for picture features kept across steps.
+        cache_folder, cache_disk_bytes: where and how much of them is kept on disk; None = nowhere.
         guards: name -> `mmft.training.guards.Guard`; one left out is off.
         report_to: trackers beside ``metrics.jsonl``.
     """
@@ -90,7 +97,13 @@ class PPOConfig:
     eval_steps: int = 0
     eval_rows: int = 512
     eval_batch: int = 64
+    engine: str = "native"
+    vllm: dict[str, Any] | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
     cache_bytes: int = 1 << 30
+    cache_folder: str | None = None
+    cache_disk_bytes: int = 10 << 30
     guards: dict[str, Guard] = field(default_factory=lambda: dict(DEFAULT_GUARDS))
     report_to: tuple[str, ...] = field(default=("tensorboard",))
 
@@ -127,11 +140,16 @@ def from_recipe(recipe) -> PPOConfig:
     options = a.model_dump(exclude={"name"}) | r.model_dump()
     options |= t.model_dump(exclude={"steps", "lr_schedule", "save_every"})
     options |= {"max_steps": t.steps, "lr_scheduler_type": t.lr_schedule, "save_steps": t.save_every}
+    cache = recipe.model.picture_cache
     return {"ppo": PPOConfig, "a2c": A2CConfig}[a.name](
         **options,
         output_dir=recipe.output.dir,
         seed=recipe.seed,
         critic=recipe.model.critic,
+        compile=recipe.model.compile,
+        cache_bytes=cache.memory_mib << 20,
+        cache_folder=cache.folder,
+        cache_disk_bytes=cache.disk_mib << 20,
         eval_steps=recipe.eval.every,
         eval_rows=recipe.eval.rows,
         report_to=tuple(recipe.output.trackers),

@@ -6,22 +6,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mmft.algorithms import masked, returns, rewards
 from mmft.algorithms.kl import kl_estimate
 from mmft.batch import PromptBatch, Responses, Rollout
 from mmft.training.config import PPOConfig
-from mmft.vlm.generate import generate
+from mmft.training.engines import generate_with
+from mmft.training.vllm_engine import VLLM
+from mmft.vlm.media import blank
 from mmft.vlm.policy import Policy
 
 
-def sample(policy: Policy, prompts: PromptBatch, config: PPOConfig, seed: int) -> Rollout:
-    """G responses to each prompt, with the log-probs and values of the policy that wrote them."""
-    responses, old = generate(
-        policy, prompts, config.num_generations, config.max_completion_length, config.temperature, seed
-    )
+def sample(
+    policy: Policy, prompts: PromptBatch, config: PPOConfig, seed: int, engine: str | VLLM = "native"
+) -> Rollout:
+    """G responses to each prompt by the engine, with the policy's own log-probs and values of them."""
+    sizes = config.num_generations, config.max_completion_length
+    responses, old = generate_with(engine, policy, prompts, *sizes, config.temperature, seed)
     return Rollout(prompts, responses, decode(policy, responses), old)
 
 
@@ -109,19 +111,8 @@ def _on_tokens(rows: list[np.ndarray] | None, responses: Responses) -> Tensor | 
 
 
 def blank_prompts(policy: Policy, prompts: PromptBatch) -> PromptBatch:
-    """The same prompts with every picture replaced by a grey one of its size."""
-    rows = []
-    for row in prompts.rows:
-        row = dict(row)
-        for key in ("image", "images"):
-            if row.get(key) is not None:
-                many = isinstance(row[key], list | tuple)
-                grey = [
-                    Image.new("RGB", picture.size, (128, 128, 128)) for picture in (row[key] if many else [row[key]])
-                ]
-                row[key] = grey if many else grey[0]
-        rows.append(row)
-    return policy.pictures.prompts(rows, prompts.row_ids, policy.device)
+    """The same prompts with every picture and clip replaced by a grey one of its size, every sound by silence."""
+    return policy.pictures.prompts([blank(row) for row in prompts.rows], prompts.row_ids, policy.device)
 
 
 def reward_arguments(prompts: PromptBatch, texts: list[str], responses: Responses) -> dict[str, Any]:

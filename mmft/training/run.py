@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import set_seed
 
-from mmft.data import check_rows, load_rows
+from mmft.data import Clips, Sounds, check_rows, load_rows
 from mmft.data.scenes import attribute_claims
 from mmft.evaluation.captioning import score_captions
 from mmft.evaluation.report import write_report
@@ -119,7 +119,9 @@ def prepare_folder(recipe, frequencies: DocumentFrequencies) -> Path:
 
 def rows_of(recipe, split: str, limit: int | None = None):
     """The rows of a split, their pictures looked at."""
-    rows = load_rows(recipe.data.name, split, limit, recipe.data.prompt)
+    data = recipe.data
+    media = Clips(**data.video.model_dump()), Sounds(**data.audio.model_dump())
+    rows = load_rows(data.name, split, limit, data.prompt, *media)
     check_rows(rows)
     return rows
 

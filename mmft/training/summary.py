@@ -14,6 +14,7 @@ import numpy as np
 from mmft.evaluation.captioning import compare, summarise
 from mmft.training.evaluate import Evaluation, text_row
 from mmft.training.guards import Alarm
+from mmft.vlm.media import media_of
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets")
 _FIRST, _EXTREME = 24, 12  # held-out samples kept with pictures: the first ones, the best gains, the worst regressions
@@ -84,7 +85,12 @@ def _number(value: float) -> float | None:
 
 
 def _save_picture(row: dict[str, Any], path: Path, run_dir: Path) -> str | None:
-    image = row.get("image") or (row.get("images") or [None])[0]
+    shown = (
+        [row["image"]]
+        if row.get("image")
+        else row.get("images") or media_of(row, "?").get("video", [{}])[0].get("frames")
+    )
+    image = shown[len(shown) // 2] if shown else None  # of a clip its middle frame
     if image is None:
         return None
     image = image.convert("RGB")

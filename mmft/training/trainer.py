@@ -29,12 +29,14 @@ from mmft.training import rollout as stages
 from mmft.training.checkpoint import load_checkpoint, save_adapter, save_checkpoint
 from mmft.training.config import A2CConfig, PPOConfig
 from mmft.training.critic import fit_critic
+from mmft.training.engines import engine_of
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
 from mmft.training.guards import Alarm, Guards
 from mmft.training.monitor import Monitor
 from mmft.training.scoring import as_rewards, rewards_at, share_backbone
 from mmft.training.summary import write_summary
 from mmft.training.update import update
+from mmft.training.vllm_engine import VLLM
 from mmft.vlm.generate import generate
 from mmft.vlm.load import build_policy, load_model
 from mmft.vlm.policy import Policy
@@ -104,7 +106,13 @@ class PPOTrainer:
                 self.config.critic,
                 needs_reference=self.config.kl_coef > 0,
                 cache_bytes=self.config.cache_bytes,
+                cache_folder=self.config.cache_folder,
+                cache_disk_bytes=self.config.cache_disk_bytes,
             )
+        if self.config.gradient_checkpointing:
+            model.checkpoint_activations()
+        if self.config.compile:
+            model.compile_decoder()
         share_backbone(self.reward_funcs, model)
         # Accelerate takes the device from its launcher; a launch on CPU has to say so itself.
         # Of a whole model some weights may take no part (a vision tower's last layer, read at the one before).
@@ -124,6 +132,7 @@ class PPOTrainer:
         if self.accelerator.num_processes > 1:
             self.reward_funcs.reduce = self._reduce_numbers
         self.run_dir = Path(self.config.output_dir)
+        self.engine = engine_of(self.config)
         self._seconds: dict[str, float] = {}
         self._told_equal = False
         self._rolled_back_to: int | None = None
@@ -185,8 +194,7 @@ class PPOTrainer:
         """
         if self._begun is None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            with self.accelerator.autocast():
-                selftest(self.policy, self.prompts(1).select([0]), self.config.temperature)
+            self._self_test()
             for part in self.reward_funcs.parts:
                 if hasattr(part.function, "prepare"):
                     part.function.prepare()  # a judge that cannot be loaded is found now, not at its first score
@@ -205,7 +213,7 @@ class PPOTrainer:
         with self._timed("rollout"):
             prompts = self.prompts(step)
             with self.accelerator.autocast():
-                rollout = stages.sample(self.policy, prompts, config, config.seed * 1_000_003 + step)
+                rollout = stages.sample(self.policy, prompts, config, config.seed * 1_000_003 + step, self.engine)
         # 4. The reference's view of them: the same weights with the adapters off.
         with self._timed("reference"):
             if config.kl_coef > 0:
@@ -230,6 +238,8 @@ class PPOTrainer:
             losses = update(self.prepared, self.optimizer, rollout, config, self.accelerator, step)
 
         metrics = self._metrics(rollout, kl, losses)
+        if isinstance(self.engine, VLLM):
+            metrics |= {f"vllm/logprob_gap_{name}": gap for name, gap in self.engine.gap.items()}
         if self.guards.wants_blank(step):
             metrics["blank_picture"] = self._blank_picture(rollout, step)
         self.kl.update(metrics["kl"], config.prompts_per_step * config.num_generations)
@@ -309,6 +319,16 @@ class PPOTrainer:
         rows = [self.train_dataset[i] for i in indices]
         ids = [f"{row.get('id', i)}@{place}" for row, i, place in zip(rows, indices, mine, strict=True)]
         return self.policy.pictures.prompts(rows, ids, self.policy.device)
+
+    def _self_test(self) -> None:
+        """The engine's contract on the first row; all processes take the same path after it."""
+        policy, first = self.policy, self.prompts(1).select([0])
+        first = policy.pictures.prompts(first.rows, first.row_ids, policy.device, pixels=True)
+        with self.accelerator.autocast():
+            selftest(policy, first, self.config.temperature)
+        plain = torch.tensor(float(not policy.shared_prefix), device=policy.device)
+        if self.accelerator.reduce(plain, "sum").item():
+            policy.take_plain_path()
 
     # ---------------------------------------------------------------- evaluation
 

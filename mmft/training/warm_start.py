@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mmft.vlm.load import load_model, lora_config
+from mmft.vlm.media import media_of
 from mmft.vlm.pictures import Pictures
 
 
@@ -35,9 +36,9 @@ def warm_start(recipe, rows, folder: str | Path) -> Path:
         """Opened only now: the data set itself holds two integers a pair."""
         chosen = [(rows[i], j) for i, j in zip(batch["row"], batch["reference"], strict=True)]
         return {
-            "prompt": [pictures.render(row["prompt"], 1, str(row["id"])) for row, _ in chosen],
+            "prompt": [pictures.render(row["prompt"], len(_images(row)), str(row["id"])) for row, _ in chosen],
             "completion": [pictures.as_text(row["references"][j]) + end for row, j in chosen],
-            "images": [[row["image"]] for row, _ in chosen],
+            "images": [_images(row) for row, _ in chosen],
         }
 
     dataset = datasets.Dataset.from_dict({"row": [i for i, _ in pairs], "reference": [j for _, j in pairs]})
@@ -80,3 +81,14 @@ def warm_start(recipe, rows, folder: str | Path) -> Path:
         processor.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
     return Path(folder)
+
+
+def _images(row: dict[str, Any]) -> list[Any]:
+    """The row's pictures, or frames of a clip; TRL's trainer takes neither native clips nor sounds."""
+    media = media_of(row, str(row["id"]))
+    if set(media) - {"image"}:
+        raise ValueError(
+            f"row {row['id']}: a warm start takes pictures, this row has {', '.join(sorted(media))}; "
+            "set data.video.native to false, or leave warm_start out"
+        )
+    return media.get("image", [])

@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 NAME = "shared_prefix"
 
 
+@torch.compiler.disable  # the layout's bookkeeping is Python; what surrounds it can be compiled
 def shared_prefix_attention(
     module,
     query: Tensor,
@@ -35,12 +36,17 @@ def shared_prefix_attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """(1, heads, M, D) query, key, value of M flat tokens -> (1, M, heads, D). The signature is transformers'."""
-    if layout is None:
-        options = kwargs | {"sliding_window": sliding_window, "softcap": softcap}
+    if layout is None and softcap is None:
+        options = kwargs | {"sliding_window": sliding_window}
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layout is None:
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = additive(attention_mask, query.dtype)
+        out = attention(query, key, value, attention_mask, scaling, softcap, dropout)
+        return out.transpose(1, 2).contiguous(), None
     flat = (x[0].transpose(0, 1) for x in (query, key, value))
     return layout.attend(module.layer_idx, *flat, scaling, sliding_window, softcap, dropout)[None], None
 
@@ -83,16 +89,23 @@ class PrefixAttention:
         prompt_mask: (B, P) bool.
         response_mask: (N, T) bool, or None to read the prompts alone.
         block: (B, P) int64, or None for a causal prompt. Prompt tokens of one block (>= 0) see each other, later ones
-            too: the tokens of one picture, or the whole prompt.
+            too: in block 0 all of the prompt, whatever the window; in others the tokens of one picture, within it.
         keep: keep the prompts' keys and values, for decoding.
+        read: (K,) places of the flat tokens whose last hidden states anybody reads; None = all.
     """
 
     def __init__(
-        self, prompt_mask: Tensor, response_mask: Tensor | None = None, block: Tensor | None = None, keep: bool = False
+        self,
+        prompt_mask: Tensor,
+        response_mask: Tensor | None = None,
+        block: Tensor | None = None,
+        keep: bool = False,
+        read: Tensor | None = None,
     ):
         self.prompts = Rows(prompt_mask)
         self.responses = Rows(response_mask) if response_mask is not None else None
         self.block = block
+        self.read = read
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self._masks: dict[tuple, Tensor | None] = {}
 
@@ -171,7 +184,10 @@ class PrefixAttention:
             real = column < self.prompts.lengths[:, None]
             same = (self.block[:, :, None] == self.block[:, None, :]) & (self.block >= 0)[:, None, :] & real[:, None, :]
             allowed = allowed | same
-        return allowed if window is None else allowed & (behind < window)
+        if window is None:
+            return allowed
+        allowed = allowed & (behind < window)
+        return allowed if self.block is None else allowed | (same & (self.block == 0)[:, None, :])
 
     def _response_allowed(self, window: int | None) -> Tensor:
         (_, p), (_, t), device = self.prompts.shape, self.responses.shape, self.prompts.lengths.device
@@ -313,8 +329,9 @@ def attention(
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scaling / softcap))
     if mask is None:
-        width = scores.shape[-1]
-        mask = additive(torch.ones(width, width, dtype=torch.bool, device=scores.device).tril(), scores.dtype)
+        queries, keys = scores.shape[-2:]  # one query alone comes after all the keys
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
+        mask = additive(allowed, scores.dtype)
     weights = torch.dropout((scores + mask).softmax(-1, dtype=torch.float32), dropout, dropout > 0)
     return weights.to(value.dtype) @ value
 

@@ -36,8 +36,36 @@ def text_decoder(model: nn.Module, family: Family) -> nn.Module:
 
 
 def share_prefixes(model: nn.Module, family: Family) -> None:
-    """Lets the decoder's layers take a layout; without one they attend as before."""
-    text_decoder(model, family).config._attn_implementation = NAME
+    """Lets the decoder's layers take a layout; without one they attend as before.
+
+    And spares the last layer's feed-forward block the tokens that nobody reads: of a prompt's, the last alone is read.
+    """
+    decoder = text_decoder(model, family)
+    if decoder.config._attn_implementation == NAME:
+        return
+    decoder.config._attn_implementation = NAME
+    last = decoder.layers[-1]
+    block = getattr(last, "mlp", None)
+    if isinstance(block, nn.Module) and not hasattr(block, "experts"):
+        # Hooks, not variables around the call: they run again when checkpointing runs the layer again.
+        last.register_forward_pre_hook(_tell_block, with_kwargs=True)
+        block.register_forward_pre_hook(_take_read_tokens)
+        block.register_forward_hook(_put_them_back)
+
+
+def _tell_block(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    layer.mlp.read = getattr(kwargs.get("layout"), "read", None)
+
+
+def _take_read_tokens(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    block.tokens = args[0].shape[1]
+    return None if block.read is None else (args[0].index_select(1, block.read),)
+
+
+def _put_them_back(block: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+    if block.read is None:
+        return None
+    return out.new_zeros(out.shape[0], block.tokens, out.shape[2]).index_copy(1, block.read, out)
 
 
 def run(

@@ -168,7 +168,7 @@ class _SharedDecoder:
         """Reads the prompts; (B, H) hidden states of their last tokens."""
         ids, positions, last = pack_prompts(self.prompts)
         block = seen_as_one(self.prompts, self.family, list(self.pictures.token_ids.values()))
-        reading = PrefixAttention(self.prompts.prompt_mask, block=block, keep=True)
+        reading = PrefixAttention(self.prompts.prompt_mask, block=block, keep=True, read=last)
         hidden = run(self.model, self.family, ids, positions, reading, self.features)
         self.cache = DecodeAttention(self.prompts.prompt_mask, reading.kept, self.group, self.length)
         return hidden[last]

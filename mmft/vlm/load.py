@@ -31,7 +31,9 @@ def resolve(name: str) -> str:
 
 
 def load_model(name: str, quantize: str | None = None, dtype: str = "auto", device: str | None = None):
-    """Loads an image-text-to-text model and its processor.
+    """Loads a model that reads pictures, clips or sounds, and its processor.
+
+    Attention is transformers' own choice: sdpa, but for decoders that it does not trust with it (Gemma 2).
 
     Args:
         name: bundled name, folder, or hub id.
@@ -42,12 +44,12 @@ def load_model(name: str, quantize: str | None = None, dtype: str = "auto", devi
     Raises:
         ValueError: the model cannot be loaded, with what was looked for and where.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
 
     folder = resolve(name)
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise ValueError(f"model.name: the folder {folder!r} has no config.json; expected a saved transformers model")
-    options: dict[str, Any] = {"attn_implementation": "sdpa"}
+    options: dict[str, Any] = {}
     if dtype == "auto":
         options["dtype"] = "auto" if torch.cuda.is_available() else torch.float32
     else:
@@ -57,7 +59,7 @@ def load_model(name: str, quantize: str | None = None, dtype: str = "auto", devi
         options["device_map"] = {"": device or _own_device()}
     try:
         processor = AutoProcessor.from_pretrained(folder)
-        model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        model = AutoModelForMultimodalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(_cannot_load(name, folder, error)) from error
     return model, processor
@@ -108,6 +110,22 @@ def lora_config(model: nn.Module, r: int = 16, alpha: int = 32, dropout: float =
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM")
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Switches the model's own dropout off, that of adapters excepted.
+
+    OPT and the Q-Formers of BLIP come with 0.1. Training would then be of another distribution than was sampled from,
+    and features that are kept across steps would hold the zeros of one draw.
+    """
+    for name, module in model.named_modules():
+        if "lora_" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for rate in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+
+
 def build_policy(
     model: nn.Module | str,
     processor=None,
@@ -115,13 +133,13 @@ def build_policy(
     critic: str = "head",
     needs_reference: bool = True,
     shared_prefix: bool | None = None,
-    cache_bytes: int = 1 << 30,
+    **cache: Any,
 ) -> Policy:
     """Model (or name) + adapters + value head -> the trainable policy.
 
     With a ``peft_config`` (or a `PeftModel`) only the adapters and the value head are trained, and the reference is
     the same weights with adapters off; a configuration without ``target_modules`` gets the family's. Without one
-    every weight is trained, and the reference is a frozen copy.
+    every weight is trained, and the reference is a frozen copy. ``cache`` are `Policy`'s options of that name.
 
     Raises:
         ValueError: the model has no layer that the adapters' target names.
@@ -133,6 +151,7 @@ def build_policy(
         from transformers import AutoProcessor
 
         processor = AutoProcessor.from_pretrained(model.config._name_or_path)
+    without_dropout(model)
     reference = None
     if peft_config is not None:
         from peft import get_peft_model, prepare_model_for_kbit_training
@@ -154,4 +173,4 @@ def build_policy(
             ) from error
     elif not hasattr(model, "disable_adapter") and needs_reference:
         reference = copy.deepcopy(model).requires_grad_(False).eval()
-    return Policy(model, processor, critic, reference, shared_prefix, cache_bytes)
+    return Policy(model, processor, critic, reference, shared_prefix, **cache)

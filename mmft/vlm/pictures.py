@@ -10,19 +10,19 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mmft.batch import PromptBatch, VisualRecord
-from mmft.vlm.decoder import backbone, placeholder_id
+from mmft.vlm.decoder import backbone, placeholder_id, text_decoder
 from mmft.vlm.families import Family, Medium, family_of
+from mmft.vlm.feature_cache import FeatureCache, tower_fingerprint
+from mmft.vlm.media import NAMES, media_key, media_of, process
 
-# Processor outputs that describe the text; everything else belongs to the pictures.
-_TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "special_tokens_mask")
-# Those of them that positions are computed from; small, so they may be remembered.
+# Processor outputs that positions are computed from; small, so they may be remembered.
 _POSITION_KEYS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 _TOWER_BYTES = 256 << 20  # of pixels per call of the tower
 _ZERO_WIDTH_SPACE = "\u200b"
@@ -37,24 +37,43 @@ class Pictures:
         processor: its processor.
         family: the facts about its family; by default those of `families.py`.
         cache_bytes: budget for features kept across steps; 0 keeps none. Used only while the tower is frozen.
+        cache_folder, disk_bytes: where features are written as well, and how much of them; see `FeatureCache`.
     """
 
-    def __init__(self, model: nn.Module, processor, family: Family | None = None, cache_bytes: int = 1 << 30):
+    def __init__(
+        self,
+        model: nn.Module,
+        processor,
+        family: Family | None = None,
+        cache_bytes: int = 1 << 30,
+        cache_folder: str | None = None,
+        disk_bytes: int = 10 << 30,
+    ):
         self.model = model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.family = family or family_of(model)
-        self.cache_bytes = cache_bytes
-        self._cached: OrderedDict[str, dict[str, list[Any]]] = OrderedDict()
-        self._cached_bytes = 0
+        self.cache = FeatureCache(cache_bytes, cache_folder, disk_bytes, self._fingerprint)
         # (prompt text, picture key) -> prompt ids and the small tensors beside the pixels (grids, sizes).
         self._prepared: OrderedDict[tuple[str, str], tuple[Tensor, dict[str, Tensor]]] = OrderedDict()
         ids = {medium.name: placeholder_id(model, medium) for medium in self.family.media}
         self.token_ids = {name: i for name, i in ids.items() if i is not None}  # medium -> its placeholder
         # Longest first, so that no marker is broken up by a shorter one inside it.
         markers = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        # SmolVLM's <video> is no token, and yet it is replaced.
+        markers |= {self._token(name) for name in NAMES if hasattr(processor, f"{name}_token")}
         self._markers = sorted(markers | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        self._keys = {key for medium in self.family.media for key in medium.inputs} | set(_POSITION_KEYS)
         self.encoded = 0  # pictures' records that went through the tower; tests and benchmarks read it
+
+    def _fingerprint(self) -> str:
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return tower_fingerprint(inner, text_decoder(self.model, self.family), self.processor)
+
+    def forget(self) -> None:
+        """Remembers nothing from here on: every prompt comes with its pixels."""
+        self.cache = FeatureCache(0, None, 0, self._fingerprint)
+        self._prepared.clear()
 
     # ---------------------------------------------------------------- rows -> prompts
 
@@ -65,7 +84,7 @@ class Pictures:
         device: torch.device,
         pixels: bool = False,
     ) -> PromptBatch:
-        """Tokenises B rows. Each row needs ``prompt`` and may hold ``image`` or ``images``.
+        """Tokenises B rows. Each row needs ``prompt`` and may hold pictures, clips and sounds; see `mmft.vlm.media`.
 
         Args:
             pixels: with the processor's tensors of every picture, also where its features are remembered.
@@ -104,70 +123,79 @@ class Pictures:
         """
         if row.get("prompt") is None:
             raise ValueError(f"row {row_id}: no column 'prompt' (columns: {', '.join(sorted(row))})")
-        images = _images(row, row_id)
-        key = _picture_key(images)
-        text = self.render(row["prompt"], len(images), row_id)
-        if not pixels and key is not None and key in self._cached and (text, key) in self._prepared:
+        media = media_of(row, row_id)
+        key = media_key(media)
+        text = self.render(row["prompt"], {name: len(values) for name, values in media.items()}, row_id)
+        if key is not None and self.family.features_read_prompt:
+            key = f"{key}/{hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()}"
+        if not pixels and key is not None and key in self.cache and (text, key) in self._prepared:
             ids, small = self._prepared[(text, key)]
-            return ids, VisualRecord(key, small)
-        inputs = self._process(text, images, row_id)
+            # Taken now: by the time of encoding the cache may have dropped them, and the pixels are not there.
+            return ids, VisualRecord(key, small, self.cache.get(key))
+        inputs = process(self.processor, text, media, row_id)
         ids = inputs["input_ids"][0]
-        visual = {k: v for k, v in inputs.items() if k not in _TEXT_KEYS and isinstance(v, Tensor)}
-        if key is not None and self.cache_bytes:
+        visual = {k: v for k, v in inputs.items() if k in self._keys and isinstance(v, Tensor)} if media else {}
+        if key is not None and self.cache.active:
             self._prepared[(text, key)] = ids, {k: v for k, v in visual.items() if k in _POSITION_KEYS}
             if len(self._prepared) > _PREPARED_ROWS:
                 self._prepared.popitem(last=False)
         return ids, VisualRecord(key, visual)
 
-    def _process(self, text: str, images: list[Any], row_id: str) -> Mapping[str, Tensor]:
-        bos = self.tokenizer.bos_token
-        options = {"return_tensors": "pt", "add_special_tokens": not (bos and text.startswith(bos))}
-        try:
-            if images:
-                return self.processor(text=[text], images=[images], **options)
-            return self.tokenizer([text], **options)
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
-            raise ValueError(f"row {row_id}: the processor refused it ({len(images)} pictures): {error}") from error
+    def render(self, prompt: str | list[dict[str, Any]], counts: Mapping[str, int] | int = 0, row_id: str = "?") -> str:
+        """The text the model reads: a placeholder for each picture, clip and sound, and the turn opened for the answer.
 
-    def render(self, prompt: str | list[dict[str, Any]], pictures: int, row_id: str = "?") -> str:
-        """The text the model reads, with one placeholder per picture and the turn opened for the answer.
-
-        A plain prompt becomes one user message with its pictures before the text; a conversation without picture
+        A plain prompt becomes one user message with its pictures before the text; a conversation without such
         parts gets them at the start of its first user message, as TRL does.
 
+        Args:
+            counts: medium -> how many the row has; a plain number counts the family's first medium.
+
         Raises:
-            ValueError: a conversation whose picture parts are not as many as the row's pictures.
+            ValueError: a conversation whose parts are not as many as what the row has.
         """
-        if isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
-        else:
-            messages = [dict(message) for message in prompt]
+        if isinstance(counts, int):
+            counts = {self.family.media[0].name: counts}
+        if self.family.most is not None and sum(counts.values()) > self.family.most:
+            raise ValueError(
+                f"row {row_id}: {sum(counts.values())} pictures, a {self.model.config.model_type!r} model takes at "
+                f"most {self.family.most}"
+            )
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         if not messages or any(not isinstance(m.get("content"), str | list) or "role" not in m for m in messages):
             raise ValueError(f"row {row_id}: a prompt is text, or a list of messages with 'role' and 'content'")
         messages = [{**m, "content": self._parts(m["content"], row_id)} for m in messages]
-        placed = sum(part["type"] == "image" for m in messages for part in m["content"])
-        if placed == 0 and pictures:
+        placed = [part["type"] for m in messages for part in m["content"] if part["type"] in NAMES]
+        if not placed:
             first = next((m for m in messages if m["role"] == "user"), messages[0])
-            first["content"] = [{"type": "image"}] * pictures + first["content"]
-        elif placed != pictures:
-            raise ValueError(f"row {row_id}: the prompt has places for {placed} pictures, the row has {pictures}")
+            first["content"] = [{"type": n} for n in NAMES for _ in range(counts.get(n, 0))] + first["content"]
+        for name, called in NAMES.items():
+            if placed and placed.count(name) != counts.get(name, 0):
+                raise ValueError(
+                    f"row {row_id}: the prompt has places for {placed.count(name)} {called}, the row has "
+                    f"{counts.get(name, 0)}"
+                )
         if getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None):
             return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        token = getattr(self.processor, "image_token", "<image>")
-        parts = [token if part["type"] == "image" else part["text"] for m in messages for part in m["content"]]
+        if self.family.template is not None:
+            return self.processor.apply_chat_template(messages, chat_template=self.family.template, tokenize=False)
+        parts = [part.get("text", self._token(part["type"])) for m in messages for part in m["content"]]
         return "\n".join(parts) + "\n"
+
+    def _token(self, medium: str) -> str:
+        """What the processor looks for in a text to put a picture, clip or sound there."""
+        return str(getattr(self.processor, f"{medium}_token", None) or f"<{medium}>")
 
     def _parts(self, content: str | list[dict[str, Any]], row_id: str) -> list[dict[str, Any]]:
         parts: list[dict[str, Any]] = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part.get("type") == "text" and isinstance(part.get("text"), str):
                 parts.append({"type": "text", "text": self.as_text(part["text"])})
-            elif part.get("type") == "image":
-                parts.append({"type": "image"})
+            elif part.get("type") in NAMES:
+                parts.append({"type": part["type"]})
             else:
                 raise ValueError(
                     f"row {row_id}: a part of the prompt has type {part.get('type')!r}; expected 'text' with a text, "
-                    "or 'image' (the pictures themselves stand in the column 'image' or 'images')"
+                    "or 'image', 'video' or 'audio' (the pictures themselves stand in the columns)"
                 )
         return parts
 
@@ -208,15 +236,13 @@ class Pictures:
             keep: the tower is frozen: take and leave features in the cache that lasts across steps.
             model: whose tower; the policy's by default.
         """
+        device = next((model or self.model).parameters()).device
         waiting: dict[str, list[VisualRecord]] = {}
         for number, record in enumerate(batch.visuals):
             if not record.key or record.features is not None:
                 continue
-            cached = self._cached.get(record.key) if keep else None
-            if cached is not None:
-                self._cached.move_to_end(record.key)
-                record.features = cached
-            else:
+            record.features = self.cache.get(record.key, device) if keep else None
+            if record.features is None:
                 waiting.setdefault(record.key or str(number), []).append(record)
         by_shape: dict[tuple, list[list[VisualRecord]]] = {}
         for same in waiting.values():
@@ -227,8 +253,8 @@ class Pictures:
                 self.encoded += 1
                 for record in same:
                     record.features = features
-                if keep:
-                    self._remember(same[0].key, features)
+                if keep and same[0].key:
+                    self.cache.put(same[0].key, features)
 
     def _tower(self, records: list[VisualRecord], model: nn.Module) -> list[dict[str, list[Any]]]:
         """Features of records whose tensors have equal shapes, a bounded number of them per call of the tower."""
@@ -248,7 +274,9 @@ class Pictures:
         others = {key for other in self.family.media if other is not medium for key in other.inputs}
         own = [key for key in records[0].tensors if key not in others]
         inputs = {key: torch.cat([r.tensors[key] for r in records]).to(device) for key in own}
-        output = getattr(backbone(model), medium.encoder)(**inputs, return_dict=True)
+        body = backbone(model)
+        encode = partial(medium.encoder, body) if callable(medium.encoder) else getattr(body, medium.encoder)
+        output = encode(**inputs, return_dict=True)
         pooled = list(output.pooler_output)
         each = len(pooled) // len(records)
         if each * len(records) != len(pooled):
@@ -259,17 +287,6 @@ class Pictures:
             filled[medium.name] = pooled[part]
             if deep is not None:
                 filled[f"{medium.name}/deepstack"] = [list(layer)[part] for layer in deep]
-
-    def _remember(self, key: str | None, features: dict[str, list[Any]]) -> None:
-        if key is None or not self.cache_bytes or key in self._cached:
-            return
-        # Cloned: a slice of the tower's output would keep the whole batch's output alive.
-        features = _map_tensors(features, torch.clone)
-        self._cached[key] = features
-        self._cached_bytes += _bytes(features)
-        while self._cached_bytes > self.cache_bytes and self._cached:
-            _, dropped = self._cached.popitem(last=False)
-            self._cached_bytes -= _bytes(dropped)
 
 
 def joined_features(batch: PromptBatch) -> dict[str, list[Any]] | None:
@@ -312,46 +329,3 @@ def check_placeholders(batch: PromptBatch, token_ids: dict[str, int]) -> None:
                     f"row {batch.row_ids[i]}: {places} {name} tokens in the prompt, {features} {name} features; "
                     "the prompt was cut, or the processor does not belong to this model"
                 )
-
-
-def _images(row: Mapping[str, Any], row_id: str) -> list[Image.Image]:
-    images = row.get("images")
-    if images is None:
-        images = row.get("image")
-    if images is None:
-        return []
-    images = list(images) if isinstance(images, list | tuple) else [images]
-    for image in images:
-        if not isinstance(image, Image.Image):
-            raise ValueError(
-                f"row {row_id}: a picture is {type(image).__name__}, expected PIL.Image.Image; "
-                "mmft.data.load_rows opens paths"
-            )
-    return images
-
-
-def _picture_key(images: list[Any]) -> str | None:
-    """An identity of pictures by their pixels, so that one picture in many rows (VQA) is encoded once."""
-    if not images:
-        return None
-    digest = hashlib.sha1(usedforsecurity=False)
-    for image in images:
-        # A palette is part of the picture, and its indices are not: hash what is seen.
-        image = image if image.mode in ("RGB", "L") else image.convert("RGBA")
-        digest.update(f"{image.mode}{image.size}".encode())
-        digest.update(image.tobytes())
-    return digest.hexdigest()
-
-
-def _map_tensors(value: Any, function) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {k: _map_tensors(v, function) for k, v in value.items()}
-    return [_map_tensors(v, function) for v in value]
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(_bytes(v) for v in (value.values() if isinstance(value, dict) else value))

@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig
 
 from mmft.batch import PromptBatch, Responses, TokenOutputs
-from mmft.vlm.decoder import backbone
+from mmft.vlm.decoder import backbone, text_decoder
+from mmft.vlm.families import Family
 from mmft.vlm.pictures import media_types
 
 
@@ -35,12 +36,14 @@ def plain_predictors(policy, model: nn.Module, prompts: PromptBatch, responses: 
     mask[n, column] = True
     written = torch.zeros_like(mask)
     written[n, column] = True
-    hidden = backbone(model)(
+    hidden = _last_hidden(
+        model,
+        policy.family,
         input_ids=ids,
         attention_mask=mask.long(),
         **_inputs(policy, prompts, ids, written, group),
         use_cache=False,
-    ).last_hidden_state
+    )
     return hidden[n, column - 1], responses.ids[n, t]
 
 
@@ -85,6 +88,18 @@ def plain_generate(
         outputs = policy(prompts, responses, temperature or 1.0, entropy=True)
     policy.train(was_training)
     return responses, outputs
+
+
+def _last_hidden(model: nn.Module, family: Family, **inputs: Any) -> Tensor:
+    """(N, L, H) what the head reads, caught where it leaves the decoder: BLIP's models do not return it."""
+    seen: dict[str, Tensor] = {}
+    decoder = text_decoder(model, family) if family.decoder else backbone(model)
+    handle = decoder.register_forward_hook(lambda *called: seen.update(hidden=called[-1].last_hidden_state))
+    try:
+        backbone(model)(**inputs)
+    finally:
+        handle.remove()
+    return seen["hidden"]
 
 
 def row_seed(row_ids: list[str], seed: int | None) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmft.batch import PromptBatch, Responses, TokenOutputs
 from mmft.vlm.adapters import fold_lora
-from mmft.vlm.decoder import run, share_prefixes
+from mmft.vlm.decoder import run, share_prefixes, text_decoder
 from mmft.vlm.families import Family, end_tokens, family_of, never_sampled
 from mmft.vlm.logprobs import Distribution, token_logprobs
 from mmft.vlm.pictures import Pictures, joined_features
@@ -48,6 +48,7 @@ class Policy(nn.Module):
         reference: a second model for the reference when the policy has no adapters to switch off; else None.
         shared_prefix: None lets the family decide; False forces the plain path.
         cache_bytes: budget for picture features kept across steps.
+        cache_folder, cache_disk_bytes: where they are kept on disk as well, and how much of them.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Policy(nn.Module):
         reference: nn.Module | None = None,
         shared_prefix: bool | None = None,
         cache_bytes: int = 1 << 30,
+        cache_folder: str | None = None,
+        cache_disk_bytes: int = 10 << 30,
     ):
         super().__init__()
         self.model = model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.family: Family = family_of(model)
+        self.family: Family = family_of(model, processor)
         self.shared_prefix = self.family.shared_prefix if shared_prefix is None else shared_prefix
         fold_lora(model)
         if self.shared_prefix:
@@ -73,20 +76,34 @@ class Policy(nn.Module):
         self.value_head = ValueHead(text_config.hidden_size) if critic == "head" else None
         # In a list: the reference is not the policy's to train, save or move between ranks.
         self._reference = [reference] if reference is not None else []
-        # The plain path takes raw pixels for every response, so it remembers no features.
-        cache_bytes = cache_bytes if self.shared_prefix else 0
-        self.pictures = Pictures(model, processor, self.family, cache_bytes)
-        self.tower_frozen = not any(p.requires_grad for p in _sight(model))
+        self.pictures = Pictures(model, processor, self.family, cache_bytes, cache_folder, cache_disk_bytes)
+        if not self.shared_prefix:
+            self.pictures.forget()
+        self.tower_frozen = not any(p.requires_grad for p in _sight(model, self.family))
         self._softcap = getattr(text_config, "final_logit_softcapping", None)
         self.end_ids = end_tokens(model, self.tokenizer)
         self.register_buffer("banned", torch.zeros(self.head.weight.shape[0], dtype=torch.bool), persistent=False)
         self.register_buffer("banned_ids", torch.zeros(0, dtype=torch.long), persistent=False)
-        self.ban(never_sampled(model, self.tokenizer))
+        self.ban(never_sampled(model, self.tokenizer, self.family))
 
     def ban(self, ids: list[int]) -> None:
         """Takes tokens out of the distribution that is sampled from, and that log-probs are of."""
         self.banned[ids] = True
         self.banned_ids = self.banned.nonzero().flatten()
+
+    def take_plain_path(self) -> None:
+        """Leaves the shared prefix; features are no longer remembered, for the plain path reads raw pixels."""
+        self.shared_prefix = False
+        self.pictures.forget()
+
+    def checkpoint_activations(self) -> None:
+        """Keeps only each layer's input for the backward pass, which runs the layer again: less memory, more work."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compile_decoder(self) -> None:
+        """Compiles each layer of the decoder by itself: one layer's code serves all of them."""
+        for layer in text_decoder(self.model, self.family).layers:
+            layer.compile(dynamic=True)
 
     @property
     def head(self) -> nn.Module:
@@ -183,10 +200,11 @@ class Policy(nn.Module):
         return self.distribution(temperature).logits(hidden)
 
 
-def _sight(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that the pictures' features depend on: vision tower and connector."""
-    towers = ("vision", "visual", "projector", "connector", "merger", "tower")
-    return (p for name, p in model.named_parameters() if any(t in name for t in towers))
+def _sight(model: nn.Module, family: Family) -> Iterator[nn.Parameter]:
+    """The parameters that the pictures' features depend on: all but the text decoder's and the head's."""
+    blind = (text_decoder(model, family), model.get_output_embeddings())
+    others = {id(p) for module in blind for p in module.parameters()}
+    return (p for p in model.parameters() if id(p) not in others)
 
 
 class _AdaptersOff:

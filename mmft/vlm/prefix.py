@@ -5,10 +5,10 @@ All real tokens of a batch stand in one row, the prompts first, then the respons
     tokens     p p p p | q q q | a a a | b b | c c c c | d
     position   0 1 2 3 | 0 1 2 | 4 5 6 | 4 5 | 3 4 5 6 | 3
 
-Here a and b answer the prompt p, c and d the prompt q. A token attends to its prompt and to the earlier tokens of its
-own response (`attention.py`), and positions restart after the prompt for every response, so each response reads
-exactly as if it stood alone behind its prompt: the same numbers as N separate rows, for B prompts instead of N.
-Gradients flow into the shared prompt once, summed by autograd.
+Here a and b answer the prompt p, c and d the prompt q; the last token of a response predicts nothing and is left out.
+A token attends to its prompt and to the earlier tokens of its own response (`attention.py`), and positions restart
+after the prompt for every response, so each response reads exactly as if it stood alone behind its prompt: the same
+numbers as N separate rows, for B prompts instead of N. Gradients flow into the shared prompt once, summed by autograd.
 """
 
 from __future__ import annotations
@@ -51,16 +51,20 @@ def pack(prompts: PromptBatch, responses: Responses, family: Family, picture_ids
     """
     group = responses.ids.shape[0] // len(prompts)
     ids, positions, last = pack_prompts(prompts)
-    n, t = responses.mask.nonzero(as_tuple=True)  # (R,) each: response and place in it
-    targets = responses.ids[n, t]
+    # The last token of a response predicts nothing, so it is not read.
+    mask = responses.mask[:, :-1] & responses.mask[:, 1:]
+    n, t = mask.nonzero(as_tuple=True)  # (R',) each: response and place in it
     own = (prompts.next_position[n // group] + t).expand(*positions.shape[:-1], -1)
     place = ids.shape[1] + torch.arange(len(n), device=n.device)
+    before = last.repeat_interleave(group)[:, None].repeat(1, responses.ids.shape[1])  # (N, T) whose state predicts
+    before[:, 1:][mask] = place
+    block = seen_as_one(prompts, family, picture_ids)
     return Packed(
-        torch.cat([ids, targets[None]], -1),
+        torch.cat([ids, responses.ids[n, t][None]], -1),
         torch.cat([positions, own], -1),
-        PrefixAttention(prompts.prompt_mask, responses.mask, seen_as_one(prompts, family, picture_ids)),
-        torch.where(t == 0, last[n // group], place - 1),
-        targets,
+        PrefixAttention(prompts.prompt_mask, mask if len(n) else None, block, read=torch.cat([last, place])),
+        before[responses.mask],
+        responses.ids[responses.mask],
     )
 
 

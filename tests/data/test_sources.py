@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mmft.data import Rows, check_rows, load_rows
-from mmft.data.rows import PictureRows, open_picture
+from mmft.data.rows import FileRows, open_picture
 from mmft.recipe import RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -380,7 +380,7 @@ def test_broken_pictures_are_errors_with_row_path_and_reason(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     records = [{"id": name, "prompt": "p", "picture": name, "references": ["x"]} for name in names]
     with pytest.raises(ValueError) as caught:
-        check_rows(PictureRows(records, tmp_path))
+        check_rows(FileRows(records, tmp_path))
     message = str(caught.value)
     assert message.startswith(f"{len(names) - 1} of {len(names)} rows") and "good.jpg" not in message
     assert "is a folder" in message and "special file" in message and "does not exist" in message
@@ -404,7 +404,7 @@ def test_paths_out_of_the_folder_are_refused(folder, tmp_path):
     assert "row a.png" in error(folder) and "outside of" in error(folder)
     for name in ("../../secret.png", str(tmp_path / "secret.png"), "/dev/zero", "file:///x.png", "a\0b", ""):
         with pytest.raises(ValueError, match="is refused"):
-            PictureRows([{"id": "1", "prompt": "", "picture": name, "references": ["x"]}], folder / "images")[0]
+            FileRows([{"id": "1", "prompt": "", "picture": name, "references": ["x"]}], folder / "images")[0]
 
 
 def test_a_link_that_stays_inside_is_fine(folder):
@@ -416,9 +416,9 @@ def test_a_link_that_stays_inside_is_fine(folder):
 def test_check_rows_wants_references(folder):
     record = {"id": "1", "prompt": "", "picture": "a.png", "references": [" "]}
     with pytest.raises(ValueError, match="row 1: no references"):
-        check_rows(PictureRows([record], folder / "images"))
+        check_rows(FileRows([record], folder / "images"))
     with pytest.raises(ValueError, match="no rows"):
-        check_rows(PictureRows([], folder / "images"))
+        check_rows(FileRows([], folder / "images"))
 
 
 # --- the shipped cards -----------------------------------------------------------------------------

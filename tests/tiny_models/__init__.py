@@ -1,9 +1,11 @@
 """Tiny random checkpoints of real families, built here: no download, about a second each.
 
 Each is saved with `save_pretrained`, model and processor, and loads the way a hub id does. They keep what makes each
-family hard: LLaVA's dropped class token and early feature layer, SmolVLM's and Idefics3's tiles (so that the number
-of picture tokens follows the shape of the picture), Qwen's multimodal rotary positions, windows (2.5) and deepstack
-features (3). The weights are drawn wide enough that the softmax has peaks and that the picture matters.
+family hard: LLaVA's dropped class token and early feature layer; tiles (LLaVA-NeXT and OneVision, SmolVLM, Idefics3,
+InternVL) or pictures of any size (Qwen, Mistral 3, Pixtral), so that the number of picture tokens follows the shape of
+the picture; OneVision's one tile a picture where there are several; Idefics2's sliding window, shorter than its
+prompts; Qwen's multimodal rotary positions, windows (2.5) and deepstack features (3). The weights are drawn wide enough
+that the softmax has peaks and that the picture matters.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -25,8 +26,27 @@ from mmft.vlm.selftest import selftest
 CPU = torch.device("cpu")
 GROUP = 3
 # Largest error of a log-prob in bf16 on the shared prefix, against fp32 on the plain path; measured, and half as much
-# again. The plain path's own error is printed beside it.
-BF16: dict[str, float] = {}
+# again. The plain path's own error, the same or larger, is printed beside it.
+BF16 = {
+    "llava": 0.10,
+    "llava_next": 0.07,
+    "llava_onevision": 0.08,
+    "smolvlm": 0.10,
+    "idefics3": 0.10,
+    "idefics2": 0.07,
+    "qwen2_vl": 0.06,
+    "qwen2_5_vl": 0.07,
+    "qwen3_vl": 0.11,
+    "internvl": 0.08,
+    "mistral3": 0.11,
+    "pixtral": 0.13,
+    "gemma3": 0.12,
+    "paligemma": 0.04,
+    "paligemma2": 0.05,
+    "blip-2": 0.04,
+    "instructblip": 0.09,
+    "qwen2_audio": 0.06,
+}
 
 
 def with_adapters(model, processor, **options):
@@ -52,8 +72,7 @@ def pair(request, tiny_model) -> SimpleNamespace:
 
 
 def prompts_of(policy, rows, ids=None) -> PromptBatch:
-    policy.pictures._cached.clear()  # with raw pixels: the plain path needs them
-    return policy.pictures.prompts(rows, ids or [str(i) for i in range(len(rows))], CPU)
+    return policy.pictures.prompts(rows, ids or [str(i) for i in range(len(rows))], CPU, pixels=True)
 
 
 def random_responses(policy, n: int, longest: int = 7) -> Responses:
@@ -98,17 +117,19 @@ def gradients(policy, rows, responses, weights) -> dict[str, torch.Tensor]:
     return found
 
 
-def worst_gradient(pair, what: str, least: float = 0.0) -> float:
+def worst_gradient(pair, what: str, reaches: tuple[str, ...], least: float = 0.0) -> float:
     """The largest relative error of one parameter's gradient.
 
     Args:
+        reaches: parts of names, one of which some parameter with a gradient must have.
         least: a gradient counts as no smaller than this share of the whole one. A key's bias, for one, moves no
             softmax: its gradient is zero but for rounding.
     """
     responses = random_responses(pair.shared, len(pair.rows) * GROUP)
     weights = torch.randn(responses.mask.shape, generator=torch.Generator().manual_seed(2))
     shared, plain = (gradients(p, pair.rows, responses, weights) for p in (pair.shared, pair.plain))
-    assert shared.keys() == plain.keys() and any("lora_A" in n for n in shared) and "value_head.weight" in shared
+    assert shared.keys() == plain.keys() and "value_head.weight" in shared
+    assert any(part in name for name in shared for part in reaches)
     least = least * float(torch.stack([g.norm() for g in plain.values()]).norm()) + 1e-12
     errors = {n: float((shared[n] - plain[n]).norm() / plain[n].norm().clamp_min(least)) for n in shared}
     name = max(errors, key=errors.__getitem__)
@@ -117,13 +138,14 @@ def worst_gradient(pair, what: str, least: float = 0.0) -> float:
 
 
 def test_gradients_are_the_plain_ones(pair):
-    assert worst_gradient(pair, "gradients of adapters and value head") <= 1e-5
+    assert worst_gradient(pair, "gradients of adapters and value head", ("lora_A",)) <= 1e-5
 
 
 def test_gradients_of_every_weight_are_the_plain_ones(pair):
     """Vision tower and connector too: their features are shared by a group's responses."""
     with everything_trained(pair.shared), everything_trained(pair.plain):
-        assert worst_gradient(pair, "gradients of all weights", least=1e-3) <= 1e-5
+        reaches = ("vision", "visual", "audio_tower")
+        assert worst_gradient(pair, "gradients of all weights", reaches, least=1e-3) <= 1e-5
 
 
 @contextmanager
@@ -183,7 +205,7 @@ def test_bf16_stays_within_the_measured_bound(pair, in_bf16):
         in_bf16.shared_prefix = False
         plain = in_bf16(prompts_of(in_bf16, pair.rows), responses).logprobs.float()
     worst(pair, "bf16, plain path against fp32", plain, exact)
-    assert worst(pair, "bf16, shared prefix against fp32", shared, exact) <= BF16.get(pair.family, 9.0)
+    assert worst(pair, "bf16, shared prefix against fp32", shared, exact) <= BF16[pair.family]
     mean = [float((x - exact)[responses.mask].abs().mean()) for x in (shared, plain)]
     assert mean[0] <= 1.5 * mean[1], f"mean error {mean[0]:.3g}, on the plain path {mean[1]:.3g}"
 
@@ -286,11 +308,12 @@ def test_a_row_is_sampled_alike_in_any_batch(pair):
 # ---------------------------------------------------------------- pictures
 
 
-def blanked(row: dict) -> dict:
-    """The row with nothing to be seen or heard in it."""
+def flat(row: dict, level: int = 90) -> dict:
+    """The row with nothing to be seen or heard in it: its pictures grey, its sound a constant."""
     if "audio" in row:
-        return {**row, "audio": {**row["audio"], "array": 0 * row["audio"]["array"]}}
-    return {"prompt": row["prompt"], "images": [Image.new("RGB", p.size, (90, 90, 90)) for p in oracle.of_row(row)]}
+        return {**row, "audio": {**row["audio"], "array": np.full_like(row["audio"]["array"], level / 255)}}
+    grey = [Image.new("RGB", p.size, (level, level, level)) for p in oracle.of_row(row)]
+    return {"prompt": row["prompt"], "images": grey}
 
 
 def test_blank_picture_changes_the_logprobs_and_selftest_passes(pair):
@@ -298,7 +321,7 @@ def test_blank_picture_changes_the_logprobs_and_selftest_passes(pair):
     with torch.no_grad():
         seen, blank = (
             pair.shared(prompts_of(pair.shared, rows), responses).logprobs
-            for rows in (pair.rows, [blanked(row) for row in pair.rows])
+            for rows in (pair.rows, [flat(row) for row in pair.rows])
         )
     change = (seen - blank).abs().amax(-1)
     least = min(float(c) for c, row in zip(change, pair.rows, strict=True) if oracle.of_row(row))
@@ -310,16 +333,15 @@ def test_blank_picture_changes_the_logprobs_and_selftest_passes(pair):
 
 
 def test_every_picture_token_has_a_feature_and_is_encoded_once(pair):
-    rows = [pair.rows[0], pair.rows[1], pair.rows[0]]  # the same picture twice
-    policy = pair.shared
+    one, other = (flat(row, level=10) for row in pair.rows[:2])  # seen by no other test
+    rows, policy = [one, other, one], pair.shared
     before = policy.pictures.encoded
     prompts = prompts_of(policy, rows)
     policy.features(prompts)
     check_placeholders(prompts, policy.pictures.token_ids)
     policy(prompts, random_responses(policy, 3))
     policy.features(policy.pictures.prompts(rows, ["x", "y", "z"], CPU))
-    different = 2 if not policy.family.features_read_prompt else 2
-    assert policy.pictures.encoded - before == different
+    assert policy.pictures.encoded - before == 2
 
     (name, token_id), *_ = policy.pictures.token_ids.items()
     prompts.prompt_ids[1, (prompts.prompt_ids[1] == token_id).nonzero()[0]] = 5
@@ -329,9 +351,10 @@ def test_every_picture_token_has_a_feature_and_is_encoded_once(pair):
 
 def test_cached_features_give_the_same_numbers(pair):
     responses = random_responses(pair.shared, len(pair.rows))
+    rows = [flat(row, level=200) for row in pair.rows]
     with torch.no_grad():
-        fresh = pair.shared(prompts_of(pair.shared, pair.rows), responses).logprobs
-        again = pair.shared.pictures.prompts(pair.rows, pair.ids, CPU)
+        fresh = pair.shared(prompts_of(pair.shared, rows), responses).logprobs
+        again = pair.shared.pictures.prompts(rows, pair.ids, CPU)
         # Nothing large is remembered beside the features: SmolVLM's pixel masks are megabytes a row.
         assert all(tensor.numel() <= 32 for record in again.visuals for tensor in record.tensors.values())
         cached = pair.shared(again, responses).logprobs
@@ -348,7 +371,7 @@ def test_placeholder_text_stays_text_and_placeholders_are_never_sampled(pair):
     # What stands around pictures, and nowhere else.
     around = {int(i) for i in oracle.processed(pair.plain, plain)["input_ids"][0]}
     around -= {int(i) for i in oracle.processed(pair.plain, {"prompt": plain["prompt"]})["input_ids"][0]}
-    around &= set(policy.tokenizer.added_tokens_decoder)
+    around &= set(policy.tokenizer.added_tokens_decoder) - {policy.tokenizer.bos_token_id}
     print(f"\n{pair.family}: marks {policy.tokenizer.convert_ids_to_tokens(sorted(around))}")
     assert policy.banned[sorted(around)].all() and token_id in around
     responses, _ = generate(policy, prompts_of(policy, pair.rows), 8, 12, temperature=5.0, seed=0)

@@ -1,0 +1,176 @@
+"""Files of captions. Four layouts are read, told apart by the file itself.
+
+A CSV or TSV with one caption per line; COCO's JSON (``images`` and ``annotations``); Karpathy's (``images`` with
+``sentences`` and ``split``); MSR-VTT's (``videos`` and ``sentences``). Captions are grouped per file they describe.
+
+Left out: further CSV columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmft.data.rows import refuse_outward
+
+
+@dataclass
+class Captions:
+    """One captions file: name (path below the folder of files) -> captions, and -> its own split, if it has one."""
+
+    path: Path
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; expected a file of captions or names") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def read_list(path: Path) -> list[str]:
+    names: dict[str, int] = {}
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        name = line.strip()
+        if not name:
+            continue
+        refuse_outward(name, f"{path}:{number}")
+        if name in names:
+            raise ValueError(f"{path}:{number}: {name} is listed twice (first on line {names[name]})")
+        names[name] = number
+    return list(names)
+
+
+def read_captions(path: Path, file: str, caption: str) -> Captions:
+    """Reads a captions file; ``file`` and ``caption`` are the columns of a CSV. Errors name file and place."""
+    if path.suffix.lower() == ".json":
+        return _read_json(path)
+    return _read_csv(path, file, caption)
+
+
+def _add(captions: Captions, name: Any, text: Any, where: str) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{where}: no picture name; expected one per caption")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: the caption of {name} is empty; expected words, or take it out")
+    if name not in captions.texts:
+        refuse_outward(name, where)
+    captions.texts.setdefault(name, []).append(text.strip())
+
+
+def _read_csv(path: Path, file: str, caption: str) -> Captions:
+    captions = Captions(path)
+    # Strict: an open quote would otherwise swallow the lines after it. StringIO: str.splitlines would also break
+    # captions at odd separators such as U+2028.
+    lines = io.StringIO(_read_text(path), newline="")
+    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        for wanted in (file, caption):
+            if wanted not in header:
+                found = ", ".join(header) or "nothing (the file is empty)"
+                raise ValueError(f"{path}:1: no column {wanted!r}; found {found}")
+        name, text = header.index(file), header.index(caption)
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{path}:{reader.line_num}: got {len(cells)} columns, expected {len(header)} as in the header "
+                    "(put quotes around a caption that holds a comma)"
+                )
+            _add(captions, cells[name].strip(), cells[text], f"{path}:{reader.line_num}")
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+    return captions
+
+
+def _read_json(path: Path) -> Captions:
+    try:
+        data = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply; expected captions as COCO, Karpathy or MSR-VTT") from None
+    if isinstance(data, dict) and isinstance(data.get("videos"), list) and isinstance(data.get("sentences"), list):
+        return _read_msrvtt(path, data["videos"], data["sentences"])
+    images = data.get("images") if isinstance(data, dict) else None
+    if not isinstance(images, list):
+        raise ValueError(f"{path}: no list 'images'; expected captions as COCO, Karpathy or MSR-VTT")
+    if isinstance(data.get("annotations"), list):
+        return _read_coco(path, images, data["annotations"])
+    return _read_karpathy(path, images)
+
+
+def _get(entry: Any, key: str, where: str) -> Any:
+    if not isinstance(entry, dict) or key not in entry:
+        found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f"{where}: no {key!r}; found {found}")
+    return entry[key]
+
+
+def _read_coco(path: Path, images: list[Any], annotations: list[Any]) -> Captions:
+    captions = Captions(path)
+    names: dict[Any, str] = {}
+    for index, entry in enumerate(images):
+        where = f"{path}: images[{index}]"
+        number, name = _get(entry, "id", where), _get(entry, "file_name", where)
+        if not isinstance(number, int | str) or number in names:
+            raise ValueError(f"{where}: the id {number!r} is no number or was given before; expected one of its own")
+        if not isinstance(name, str) or name in captions.texts:
+            raise ValueError(f"{where}: the file_name {name!r} is no text or was given before")
+        refuse_outward(name, where)
+        names[number] = name
+        captions.texts[name] = []
+    for index, entry in enumerate(annotations):
+        where = f"{path}: annotations[{index}]"
+        number, text = _get(entry, "image_id", where), _get(entry, "caption", where)
+        if not isinstance(number, int | str) or number not in names:
+            raise ValueError(f"{where}: image_id {number!r} is not among the images of the file")
+        _add(captions, names[number], text, where)
+    return captions
+
+
+def _read_karpathy(path: Path, images: list[Any]) -> Captions:
+    captions = Captions(path)
+    for index, entry in enumerate(images):
+        where = f"{path}: images[{index}]"
+        name, sentences = _get(entry, "filename", where), _get(entry, "sentences", where)
+        if isinstance(entry.get("filepath"), str) and entry["filepath"]:
+            name = f"{entry['filepath']}/{name}"  # COCO's pictures lie in two folders
+        if name in captions.texts:
+            raise ValueError(f"{where}: {name} was given before; expected each picture once")
+        if not isinstance(sentences, list) or not sentences:
+            raise ValueError(f"{where}: {name} has no sentences; expected a list with at least one")
+        for sentence in sentences:
+            _add(captions, name, _get(sentence, "raw", where), where)
+        captions.parts[name] = str(_get(entry, "split", where))
+    return captions
+
+
+def _read_msrvtt(path: Path, videos: list[Any], sentences: list[Any]) -> Captions:
+    captions = Captions(path)
+    for index, entry in enumerate(videos):
+        where = f"{path}: videos[{index}]"
+        name = f"{_get(entry, 'video_id', where)}.mp4"
+        if name in captions.texts:
+            raise ValueError(f"{where}: {name} was given before; expected each clip once")
+        refuse_outward(name, where)
+        captions.texts[name] = []
+        if "split" in entry:
+            captions.parts[name] = str(entry["split"])
+    for index, entry in enumerate(sentences):
+        where = f"{path}: sentences[{index}]"
+        name = f"{_get(entry, 'video_id', where)}.mp4"
+        if name not in captions.texts:
+            raise ValueError(f"{where}: video_id {entry['video_id']!r} is not among the videos of the file")
+        _add(captions, name, _get(entry, "caption", where), where)
+    return captions
