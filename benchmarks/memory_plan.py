@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +146,14 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def environment() -> dict[str, str]:
+    """What the numbers depend on beside the code."""
+    libraries = ("torch", "transformers", "peft", "bitsandbytes")
+    return {"libc": " ".join(platform.libc_ver()), "threads": os.environ.get("OMP_NUM_THREADS", "default")} | {
+        name: version(name) for name in libraries
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=str, help="; between names: " + "; ".join(RECIPES))
@@ -160,7 +170,7 @@ def main() -> int:
         results.append(compare(name.strip(), args.cache))
         print(table(results[-1]), flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"results": results}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
     return int(any(abs(result["error"]) > TARGET for result in results))
 
 

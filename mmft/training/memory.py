@@ -24,7 +24,8 @@ from mmft.vlm.policy import Policy
 GIB, MIB = 1 << 30, 1 << 20
 # What the process holds for tensors in blocks below 32 MiB, over what they need. glibc keeps such blocks in one heap,
 # where freed temporaries leave holes between the activations that stay. Measured; see docs/memory.md.
-_HEAP = 2.1
+_HEAP = 2.0
+_KEPT = 0.9  # of that, what it still holds in other phases: only freed memory at its very end goes back
 _MAPPED = 128 << 10  # blocks above this were mapped one by one: no holes, and a system call for each
 # Of a CUDA context with its libraries. A round figure, not measured by the benchmark.
 CUDA_CONTEXT = GIB // 2
@@ -159,7 +160,9 @@ def _phases(recipe, config, policy, trace, rows, base, ranks, zero, device) -> l
     kept = trace.features * (min(rows, config.max_steps * config.prompts_per_step) // ranks)
     kept = min(kept, config.cache_bytes) if policy.tower_frozen else 0
     phases = [Phase("load", base, loading, added)]
-    heap = max(segment.small for segment in trace.segments) * heap_factor() if device == "cpu" else 0
+    factor = heap_factor() if device == "cpu" else 1.0
+    largest = max(segment.small for segment in trace.segments)
+    kept_heap = int(largest * factor * _KEPT) if factor > 1 else 0
     for segment in trace.segments:
         held = segment.peak
         state = held.get("optimizer", 0)
@@ -171,7 +174,7 @@ def _phases(recipe, config, policy, trace, rows, base, ranks, zero, device) -> l
             group = 1 if evaluating else config.num_generations
             prompts = min(config.eval_batch, config.eval_rows) if evaluating else config.prompts_per_step // ranks
             cache += prompts * group * (config.max_completion_length - trace.decoded) * _cache_bytes(policy)
-        slack = max(int(heap) - segment.small, 0) if device == "cpu" else 0
+        slack = max(kept_heap, int(segment.small * factor)) - segment.small if factor > 1 else 0
         phases.append(Phase(segment.phase, base, weights, added + state, activations, cache, logits, slack))
     return phases
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mmft.training.config import A2CConfig, PPOConfig
 from mmft.training.trainer import A2CTrainer, PPOTrainer
+from mmft.vlm import policy as policy_module
 from mmft.vlm.load import build_policy, load_model, lora_config
 
 
@@ -142,16 +143,16 @@ def test_run_folder_holds_what_others_rely_on(tiny_model, tmp_path):
     torch.testing.assert_close(one[1].values, other[1].values)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_model, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_model, tmp_path, monkeypatch):
     trainer = trainer_of(tiny_model, tmp_path, critic_start="zero")  # a fitted critic moves before the update
     before = weights(trainer)
-    forward = trainer.policy.token_logprobs
+    forward = policy_module.token_logprobs
 
     def poisoned(*args, **options):
         logprobs, entropy = forward(*args, **options)
         return (logprobs * float("nan") if torch.is_grad_enabled() else logprobs), entropy
 
-    trainer.policy.token_logprobs = poisoned
+    monkeypatch.setattr(policy_module, "token_logprobs", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 1, pass 1, minibatch 1: the loss is not finite .*rows r\d"):
         trainer.step(1)
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
