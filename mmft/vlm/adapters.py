@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 # Folded weights are kept for a whole rollout when all of them together are no larger than this.
-_KEPT_BYTES = 64 << 20
+_KEPT_BYTES = 512 << 20
 
 
 class FoldedLora(LoraLinear):
     """PEFT's LoRA layer, computed as one product where that is cheaper; else as PEFT does. See `fold_lora`."""
 
+    folded: Tensor | None = None  # W + s B A, while it is kept
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        kept = getattr(self, "folded", None)
+        base = self.base_layer
+        if self.folded is not None and not self.disable_adapters and x.dtype == torch.float32:
+            return linear(x, self.folded, base.bias)
         if args or kwargs or self.disable_adapters or not self._foldable(x):
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        if kept is not None and not torch.is_grad_enabled():
-            return linear(x, kept, base.bias)
         out_features, in_features = base.weight.shape
         if x.shape[:-1].numel() * (in_features + out_features) <= in_features * out_features:
             return super().forward(x)
