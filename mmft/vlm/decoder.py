@@ -45,27 +45,29 @@ def share_prefixes(model: nn.Module, family: Family) -> None:
         return
     decoder.config._attn_implementation = NAME
     last = decoder.layers[-1]
-    block = getattr(last, "mlp", None)
-    if isinstance(block, nn.Module) and not hasattr(block, "experts"):
-        # Hooks, not variables around the call: they run again when checkpointing runs the layer again.
-        last.register_forward_pre_hook(_tell_block, with_kwargs=True)
+    attention, block = getattr(last, "self_attn", None), getattr(last, "mlp", None)
+    if isinstance(attention, nn.Module) and isinstance(block, nn.Module) and not hasattr(block, "experts"):
+        # Told by hooks inside the layer, not by a variable around the call: they run again when checkpointing runs the
+        # layer again. A list of one, so that a copy of the model has one of its own.
+        attention.read = block.read = [None]
+        attention.register_forward_pre_hook(_tell_block, with_kwargs=True)
         block.register_forward_pre_hook(_take_read_tokens)
         block.register_forward_hook(_put_them_back)
 
 
-def _tell_block(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    layer.mlp.read = getattr(kwargs.get("layout"), "read", None)
+def _tell_block(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    attention.read[0] = getattr(kwargs.get("layout"), "read", None)
 
 
 def _take_read_tokens(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     block.tokens = args[0].shape[1]
-    return None if block.read is None else (args[0].index_select(1, block.read),)
+    return None if block.read[0] is None else (args[0].index_select(1, block.read[0]),)
 
 
 def _put_them_back(block: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-    if block.read is None:
+    if block.read[0] is None:
         return None
-    return out.new_zeros(out.shape[0], block.tokens, out.shape[2]).index_copy(1, block.read, out)
+    return out.new_zeros(out.shape[0], block.tokens, out.shape[2]).index_copy(1, block.read[0], out)
 
 
 def run(

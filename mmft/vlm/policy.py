@@ -6,6 +6,7 @@ every use. The reference policy is the same weights with the adapters switched o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -68,6 +69,13 @@ class Policy(nn.Module):
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.family: Family = family_of(model, processor)
         self.shared_prefix = self.family.shared_prefix if shared_prefix is None else shared_prefix
+        if self.family.notes:
+            reasons = "; ".join(self.family.notes)
+            warnings.warn(
+                f"a {model.config.model_type!r} model is not known to work on the shared prefix and takes the plain "
+                f"path, right and slower: {reasons}",
+                stacklevel=2,
+            )
         fold_lora(model)
         if self.shared_prefix:
             for shares in (model, *([reference] if reference is not None else [])):
@@ -98,7 +106,8 @@ class Policy(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keeps only each layer's input for the backward pass, which runs the layer again: less memory, more work."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inner.activation_checkpointing_enable({"use_reentrant": False})
 
     def compile_decoder(self) -> None:
         """Compiles each layer of the decoder by itself: one layer's code serves all of them."""
