@@ -1,7 +1,7 @@
 """Hidden states -> log-probabilities of tokens, and entropies, without the logits of all tokens at once.
 
-(tokens, vocabulary) is the largest array of an update. It is made chunk by chunk; of a single chunk the probabilities
-are kept for the backward pass, of several none are, and their logits are made again.
+(tokens, vocabulary) is the largest array of an update. It is made chunk by chunk; the probabilities are kept for the
+backward pass where all of them are few, else none are, and their logits are made again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 48 << 20  # of fp32 logits
+CHUNK_BYTES = 16 << 20  # of fp32 logits made at a time
+KEPT_BYTES = 48 << 20  # of probabilities kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ def token_logprobs(
         and not torch.is_autocast_enabled(hidden.device.type)
         and not entropy
     )
-    one = hidden.shape[0] <= size
+    keep = hidden.shape[0] * head.weight.shape[0] * 4 <= KEPT_BYTES
     logprobs, entropies = [], []
     for h, y in zip(hidden.split(size), targets.split(size), strict=True):
         if fused:
-            options = distribution.banned_ids, distribution.temperature, one
+            options = distribution.banned_ids, distribution.temperature, keep
             scored = _TokenLogprobs.apply(h, head.weight, head.bias, y, *options), None
-        elif one or not torch.is_grad_enabled():
+        elif keep or not torch.is_grad_enabled():
             scored = _score(distribution, h, y, entropy)
         else:
             scored = checkpoint(_score, distribution, h, y, entropy, use_reentrant=False)

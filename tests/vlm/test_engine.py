@@ -120,8 +120,9 @@ def test_fused_logprobs_have_the_gradients_of_log_softmax(keep, monkeypatch):
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50)
     hidden, targets, banned = torch.randn(12, 8, requires_grad=True), torch.randint(3, 50, (12,)), torch.tensor([0, 2])
+    monkeypatch.setattr("mmft.vlm.logprobs.CHUNK_BYTES", 5 * 50 * 4)  # three chunks
     if not keep:
-        monkeypatch.setattr("mmft.vlm.logprobs.CHUNK_BYTES", 5 * 50 * 4)  # three chunks
+        monkeypatch.setattr("mmft.vlm.logprobs.KEPT_BYTES", 0)
     weights = torch.randn(12)
 
     def run(function):
