@@ -26,7 +26,7 @@ class Shape:
         trl_generation: samples that TRL generates together, to try with the fastest batch, beside a whole iteration's.
         trl_compile: whether to try `torch_compile` as well; it pays off after some iterations alone.
         micro_trials: values of ``micro_prompts`` to try.
-        warmup: iterations before the counted ones; none where one of TRL's takes more than a minute.
+        warmup: iterations of each turn before the counted one; none where one of TRL's takes more than a minute.
     """
 
     name: str

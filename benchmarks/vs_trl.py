@@ -85,20 +85,21 @@ def compare(
             print(_line(shape, found), flush=True)
             return found
 
+        turn = shape.warmup + 1
         trials, settings = _settings(shape, systems, trial if sweep else None, trl)
         with ExitStack() as stack:
             waiting = {}
             for system in systems:  # one after the other: loading takes memory too
-                process = stack.enter_context(process_of(system, settings[system], shape.warmup + pairs))
+                process = stack.enter_context(process_of(system, settings[system], turn * pairs))
                 waiting[system] = (process, process.read())
             gap = _same_logprobs({system: first["logprobs"] for system, (_, first) in waiting.items()})
             found: dict[str, list[dict[str, Any]]] = {system: [] for system in systems}
-            for i in range(-shape.warmup, pairs):
+            for i in range(pairs):
                 for system in systems[i % len(systems) :] + systems[: i % len(systems)]:
-                    measured = waiting[system][0].go()
-                    if i >= 0:
-                        found[system].append(measured)
-                        print(_line(shape, measured | {"system": system, "setting": settings[system]}), flush=True)
+                    # Only the last of a turn counts: a process that has waited starts with cold caches.
+                    measured = [waiting[system][0].go() for _ in range(turn)][-1]
+                    found[system].append(measured)
+                    print(_line(shape, measured | {"system": system, "setting": settings[system]}), flush=True)
             ends = {system: process.go() for system, (process, _) in waiting.items()}
     for system, end in ends.items():
         for text, score in end["seen"]:
@@ -220,6 +221,13 @@ def table(result: dict[str, Any]) -> str:
                 verdict = f"   target {sign} {target:g}: {'met' if met else 'NOT met'}"
             what = f"{ours}: {text}, times {theirs}'s"
             lines.append(f"{what:46}{ratio['median']:7.2f}  ({ratio['low']:.2f} to {ratio['high']:.2f}){verdict}")
+    theirs = [t for t in result.get("trials", []) if t["system"] in ("grpo", "rloo") and "failed" not in t]
+    if theirs:
+        least = min(theirs, key=lambda t: t["peak_mib"])
+        lines.append(
+            f"TRL's smallest peak among its settings: {least['peak_mib']:.0f} MiB at {least['setting']}, "
+            f"{median(least['seconds']) if isinstance(least['seconds'], list) else least['seconds']:.3f} s"
+        )
     return "\n".join(lines)
 
 

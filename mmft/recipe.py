@@ -261,8 +261,46 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         "train.steps",
         f"got {train.warmup_steps}, expected at most train.steps ({train.steps})",
     )
+    _impossible_engines(r, check)
     _impossible_rewards(r, check)
     return found
+
+
+def _impossible_engines(r: Recipe, check: Callable[[bool, str, str, str], None]) -> None:
+    """The part of `_impossible` that is about who writes responses, and about clips."""
+    vllm, native = r.rollout.engine == "vllm", r.data.video.native
+    check(
+        not vllm or r.model.tune == "lora",
+        "rollout.engine",
+        "model.tune",
+        f"got vllm, expected native or hf with model.tune {r.model.tune} (vLLM is sent adapters alone)",
+    )
+    check(
+        not vllm or r.model.lora.target == "language",
+        "rollout.engine",
+        "model.lora.target",
+        f"got vllm, expected native or hf with model.lora.target {r.model.lora.target} "
+        "(vLLM adapts the language model alone)",
+    )
+    check(
+        not vllm or r.warm_start is None or r.rollout.vllm.url is None,
+        "rollout.engine",
+        "warm_start",
+        "got vllm with a server, expected warm_start null: the server would serve the model before it "
+        "(warm up by recipes/caption_sft.py first, and serve that)",
+    )
+    check(
+        not vllm or not native,
+        "rollout.engine",
+        "data.video.native",
+        "got vllm, expected data.video.native false (vLLM is given pictures alone)",
+    )
+    check(
+        r.warm_start is None or not native,
+        "warm_start",
+        "data.video.native",
+        "got a warm start, expected data.video.native false (the warm start takes pictures alone)",
+    )
 
 
 def _impossible_rewards(r: Recipe, check: Callable[[bool, str, str, str], None]) -> None:

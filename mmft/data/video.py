@@ -136,12 +136,13 @@ def _pictures(source: Any, where: str, wanted: list[int], keys: list[int], max_s
             if key is not None and key > reached:  # nearer than decoding on
                 file.seek(key, stream=stream)
                 frames = enumerate(file.decode(stream))
-            frame = next((f for n, f in frames if (n if f.pts is None else f.pts) >= stamp), frame)
+            found = next((f for n, f in frames if (n if f.pts is None else f.pts) >= stamp), None)
+            if keys and (found is None or (found.pts is not None and found.pts > stamp)):
+                # A wrong index, or none (MPEG-TS), and the jump went too far: read the file from its start.
+                return _pictures(source, where, wanted, [], max_side)
+            frame = found or frame
             if frame is None:
                 raise ValueError(f"{where} is damaged: nothing can be decoded; replace the file")
-            if frame.pts is not None and frame.pts > stamp and keys:
-                # The file's index is wrong, and the jump went too far: read it from its start.
-                return _pictures(source, where, wanted, [], max_side)
             pictures[stamp], reached = _picture(frame, stream, max_side), stamp
     return pictures
 

@@ -52,7 +52,7 @@ class PPOConfig:
         eval_rows: at most this many rows of the evaluation set.
         eval_batch: prompts decoded together in evaluation.
         engine: what writes responses in training: "native", "hf" or "vllm" (see `mmft.training.engines`).
-        vllm: options of the last: ``url``, ``timeout``, ``tolerance``; None = its defaults.
+        vllm: options of the last: ``url``, ``memory``, ``timeout``, ``tolerance``; None = its defaults.
         gradient_checkpointing: recompute activations in the backward pass.
         compile: the decoder's layers by `torch.compile`.
         cache_bytes: memory for picture features kept across steps.

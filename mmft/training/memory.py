@@ -128,7 +128,7 @@ def plan_memory(
     Raises:
         ValueError: model or rows cannot be had, or the ranks cannot share the step.
     """
-    from mmft.data import load_rows
+    from mmft.training.run import rows_of
 
     config, device = from_recipe(recipe), "cpu" if device_gib is None else "cuda"
     if config.prompts_per_step % (ranks * config.num_mini_batches):
@@ -137,7 +137,7 @@ def plan_memory(
             f"{config.num_mini_batches} minibatches"
         )
     policy = ghost_policy(recipe, device)
-    train = load_rows(recipe.data.name, recipe.data.train, recipe.data.train_rows, recipe.data.prompt)
+    train = rows_of(recipe, recipe.data.train, recipe.data.train_rows)
     prompt = probe_prompt(policy, [train[i] for i in range(min(rows, len(train)))])
     trace = trace_step(policy, config, prompt, config.prompts_per_step // ranks)
     if device == "cuda":

@@ -115,8 +115,8 @@ class PPOTrainer:
             model.compile_decoder()
         share_backbone(self.reward_funcs, model)
         # Accelerate takes the device from its launcher; a launch on CPU has to say so itself.
-        # Of a whole model some weights may take no part (a vision tower's last layer, read at the one before).
-        unused = DistributedDataParallelKwargs(find_unused_parameters=not hasattr(model.model, "peft_config"))
+        # Of a tower some weights may take no part: its last layer, read at the one before; all of it, without pictures.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=not model.tower_frozen)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
         shares = self.accelerator.num_processes * self.config.num_mini_batches
         if self.config.prompts_per_step % shares:
@@ -321,8 +321,9 @@ class PPOTrainer:
         return self.policy.pictures.prompts(rows, ids, self.policy.device)
 
     def _self_test(self) -> None:
-        """The engine's contract on the first row; all processes take the same path after it."""
-        policy, first = self.policy, self.prompts(1).select([0])
+        """The engine's contract on the first rows; all processes take the same path after it."""
+        policy, first = self.policy, self.prompts(1)
+        first = first.select(list(range(min(2, len(first)))))
         first = policy.pictures.prompts(first.rows, first.row_ids, policy.device, pixels=True)
         with self.accelerator.autocast():
             selftest(policy, first, self.config.temperature)

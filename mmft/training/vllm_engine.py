@@ -120,7 +120,7 @@ class VLLM:
         if not dist.is_initialized() or dist.get_rank() == 0:
             try:
                 said[0] = self._lay(policy)
-            except (RuntimeError, TimeoutError) as error:
+            except (RuntimeError, TimeoutError, OSError) as error:
                 if not dist.is_initialized():
                     raise
                 said[1] = str(error)

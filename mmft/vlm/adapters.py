@@ -100,11 +100,11 @@ def folded(model: nn.Module) -> Iterator[None]:
     """Keeps folded weights while many tokens are decoded without gradient, where they are small enough."""
     layers = [module for module in model.modules() if isinstance(module, FoldedLora)]
     size = sum(layer.base_layer.weight.nbytes for layer in layers)
-    if size <= _KEPT_BYTES:
-        for layer in layers:
-            with torch.no_grad():
-                layer.folded = layer.fold()
     try:
+        if size <= _KEPT_BYTES:
+            with torch.no_grad():
+                for layer in layers:
+                    layer.folded = layer.fold()
         yield
     finally:
         for layer in layers:

@@ -47,6 +47,8 @@ def shared_prefix_attention(
             attention_mask = additive(attention_mask, query.dtype)
         out = attention(query, key, value, attention_mask, scaling, softcap, dropout)
         return out.transpose(1, 2).contiguous(), None
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ValueError("attention with sinks or a position bias does not work on the shared prefix")
     flat = (x[0].transpose(0, 1) for x in (query, key, value))
     return layout.attend(module.layer_idx, *flat, scaling, sliding_window, softcap, dropout)[None], None
 
@@ -135,7 +137,8 @@ class PrefixAttention:
         )
 
     def _respond(self, query, key, value, prompt_key, prompt_value, scaling, window, softcap, dropout) -> Tensor:
-        """What response tokens read, (their number, heads, D).
+        """What response tokens read, (their number, heads, D). The one place where a prompt's keys and values are
+        copied G times, for one layer at a time (and, with gradient, for its backward pass).
 
         SDPA's "heads" are here the G * key heads of one prompt, and its queries the T tokens of all the query heads
         that share a key head: so neither keys nor masks are repeated for grouped queries.

@@ -92,6 +92,8 @@ def run(
     embeddings = backbone(model).get_input_embeddings()(known)
     for name, place in places.items():
         pictures = torch.cat([f.flatten(0, -2) for f in features[name]]).to(embeddings)
+        if int(place.sum()) != len(pictures):  # scattered all the same, every later picture would be shifted
+            raise ValueError(f"{int(place.sum())} {name} tokens in the prompts, {len(pictures)} {name} features")
         embeddings = embeddings.masked_scatter(place[..., None], pictures)
     return text_decoder(model, family)(
         inputs_embeds=embeddings,

@@ -1,6 +1,6 @@
 """What differs between families of vision-language models, as data.
 
-Everything else in `mmft/vlm` is written once. A family that is not listed takes the plain path: slower, and right.
+Everything else in `mmft/vlm` is written once. A family that is not listed is probed (`probe.py`).
 """
 
 from __future__ import annotations

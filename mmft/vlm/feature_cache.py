@@ -17,6 +17,7 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,14 @@ class FeatureCache:
                 tensors = [file.get_tensor(str(i)) for i in range(len(file.keys()))]
             if int(said["crc32"]) != _checksum(tensors):
                 raise ValueError("checksum")
-            os.utime(path)  # used just now
+            with suppress(OSError):
+                os.utime(path)  # used just now; of another user's file that stays unsaid
             return _mapped(json.loads(said["places"]), lambda i: tensors[i].to(device))
-        except FileNotFoundError:
+        except OSError:  # not there, or not ours to read
             return None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError):
-            path.unlink(missing_ok=True)  # damaged: made again
+        except (SafetensorError, ValueError, KeyError, TypeError, IndexError):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)  # damaged: made again
             return None
 
     def _save(self, key: str, features: Features) -> None:
@@ -179,7 +182,8 @@ class FeatureCache:
 
 
 def tower_fingerprint(model: nn.Module, decoder: nn.Module, processor: Any) -> str:
-    """32 hex digits that change with the checkpoint's name, the towers' weights and dtypes, and the processor.
+    """32 hex digits that change with the checkpoint's name and configuration, the towers' weights and dtypes,
+    autocast's dtype, and the processor.
 
     Of every weight outside the text decoder some numbers are looked at, evenly spread: training changes nearly all
     of them, and reading all of a 7 B model's tower would take longer than encoding a few pictures.
@@ -196,6 +200,9 @@ def tower_fingerprint(model: nn.Module, decoder: nn.Module, processor: Any) -> s
         part.to_dict() if hasattr(part, "to_dict") else None
         for part in (getattr(processor, n, None) for n in ("image_processor", "video_processor", "feature_extractor"))
     ]
+    settings.append(model.config.to_dict() if hasattr(model.config, "to_dict") else None)  # which layer is read, ...
+    device = next(model.parameters()).device.type
+    settings.append(str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None)
     digest.update(json.dumps([transformers.__version__, name, settings], sort_keys=True, default=str).encode())
     passed_by = {id(parameter) for parameter in decoder.parameters()}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -51,13 +51,13 @@ def generate(
     require_room(policy, prompts, max_new_tokens)
     if temperature > 0 and seed is None:
         raise ValueError("sampling needs a seed")
-    uniforms = (
-        draws(prompts.row_ids, num_generations, max_new_tokens, seed).to(policy.device) if temperature > 0 else None
-    )
-    if not policy.shared_prefix:
+    if not policy.shared_prefix:  # whose draws come from one stream for the whole batch
         from mmft.vlm.plain import plain_generate
 
         return plain_generate(policy, prompts, num_generations, max_new_tokens, temperature, seed)
+    uniforms = (
+        draws(prompts.row_ids, num_generations, max_new_tokens, seed).to(policy.device) if temperature > 0 else None
+    )
     was_training = policy.training
     policy.eval()
     try:

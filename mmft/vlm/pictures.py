@@ -26,7 +26,7 @@ from mmft.vlm.media import NAMES, media_key, media_of, process
 _POSITION_KEYS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 _TOWER_BYTES = 256 << 20  # of pixels per call of the tower
 _ZERO_WIDTH_SPACE = "\u200b"
-_PREPARED_ROWS = 65536  # prompts whose token ids are remembered; a few hundred bytes each
+_PREPARED_ROWS = 16384  # prompts whose token ids are remembered; about a kilobyte each, and four bytes a token
 
 
 class Pictures:
@@ -130,13 +130,14 @@ class Pictures:
             key = f"{key}/{hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()}"
         if not pixels and key is not None and key in self.cache and (text, key) in self._prepared:
             ids, small = self._prepared[(text, key)]
+            ids = ids.long()
             # Taken now: by the time of encoding the cache may have dropped them, and the pixels are not there.
             return ids, VisualRecord(key, small, self.cache.get(key))
         inputs = process(self.processor, text, media, row_id)
         ids = inputs["input_ids"][0]
         visual = {k: v for k, v in inputs.items() if k in self._keys and isinstance(v, Tensor)} if media else {}
         if key is not None and self.cache.active:
-            self._prepared[(text, key)] = ids, {k: v for k, v in visual.items() if k in _POSITION_KEYS}
+            self._prepared[(text, key)] = ids.int(), {k: v for k, v in visual.items() if k in _POSITION_KEYS}
             if len(self._prepared) > _PREPARED_ROWS:
                 self._prepared.popitem(last=False)
         return ids, VisualRecord(key, visual)
@@ -239,9 +240,9 @@ class Pictures:
         device = next((model or self.model).parameters()).device
         waiting: dict[str, list[VisualRecord]] = {}
         for number, record in enumerate(batch.visuals):
-            if not record.key or record.features is not None:
+            if not record.tensors and record.key is None or record.features is not None:
                 continue
-            record.features = self.cache.get(record.key, device) if keep else None
+            record.features = self.cache.get(record.key, device) if keep and record.key else None
             if record.features is None:
                 waiting.setdefault(record.key or str(number), []).append(record)
         by_shape: dict[tuple, list[list[VisualRecord]]] = {}

@@ -7,6 +7,7 @@ positions, masks and the placing of picture features are left to the model's own
 from __future__ import annotations
 
 import hashlib
+import inspect
 from typing import Any
 
 import torch
@@ -17,11 +18,32 @@ from transformers import GenerationConfig
 from mmft.batch import PromptBatch, Responses, TokenOutputs
 from mmft.vlm.decoder import backbone, text_decoder
 from mmft.vlm.families import Family
+from mmft.vlm.logprobs import Distribution
 from mmft.vlm.pictures import media_types
 
 
 def plain_predictors(policy, model: nn.Module, prompts: PromptBatch, responses: Responses) -> tuple[Tensor, Tensor]:
     """The hidden states (M, H) that predict the M real response tokens, and those tokens (M,)."""
+    inputs, predictors = _written_out(policy, prompts, responses)
+    return _last_hidden(model, policy.family, **inputs)[predictors], responses.ids[responses.mask]
+
+
+def own_logprobs(policy, prompts: PromptBatch, responses: Responses, temperature: float) -> Tensor:
+    """(N, T) log-probs as the model's own forward pass has them, head and all: the yardstick of the self-test."""
+    inputs, (n, column) = _written_out(policy, prompts, responses)
+    forward = (policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model).forward
+    if "logits_to_keep" in inspect.signature(forward).parameters:  # a long prompt's logits would be large
+        first = int(column.min())
+        inputs["logits_to_keep"] = inputs["input_ids"].shape[1] - first
+        column = column - first
+    logits = policy.model(**inputs).logits[n, column]
+    logprobs = Distribution(nn.Identity(), policy.banned_ids, temperature).logits(logits).log_softmax(-1)
+    chosen = logprobs.gather(-1, responses.ids[responses.mask][:, None]).squeeze(-1)
+    return torch.zeros(responses.mask.shape, device=chosen.device).masked_scatter(responses.mask, chosen)
+
+
+def _written_out(policy, prompts: PromptBatch, responses: Responses) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    """The model's inputs for N rows, padded on the right, and the places (row, column) that predict response tokens."""
     group = responses.ids.shape[0] // len(prompts)
     prompt_length = prompts.prompt_mask.sum(-1).repeat_interleave(group)
     width = int((prompt_length + responses.mask.sum(-1)).max())
@@ -36,15 +58,8 @@ def plain_predictors(policy, model: nn.Module, prompts: PromptBatch, responses: 
     mask[n, column] = True
     written = torch.zeros_like(mask)
     written[n, column] = True
-    hidden = _last_hidden(
-        model,
-        policy.family,
-        input_ids=ids,
-        attention_mask=mask.long(),
-        **_inputs(policy, prompts, ids, written, group),
-        use_cache=False,
-    )
-    return hidden[n, column - 1], responses.ids[n, t]
+    visual = _inputs(policy, prompts, ids, written, group)
+    return {"input_ids": ids, "attention_mask": mask.long(), **visual, "use_cache": False}, (n, column - 1)
 
 
 def plain_generate(
@@ -63,31 +78,32 @@ def plain_generate(
         if temperature == 0
         else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     )
+    options = GenerationConfig(
+        **sampling,
+        max_new_tokens=length,
+        suppress_tokens=policy.banned_ids.tolist() or None,
+        pad_token_id=pad_id,
+        eos_token_id=policy.end_ids,
+    )
     was_training = policy.training
     policy.eval()
-    with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
-        torch.manual_seed(row_seed(prompts.row_ids, seed))
-        written = policy.model.generate(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            **_inputs(policy, prompts, ids, torch.zeros_like(mask), group),
-            # A configuration of its own: the checkpoint's may hold a repetition penalty or a top-k, and then the
-            # distribution sampled from would not be the one that log-probs are of.
-            generation_config=GenerationConfig(
-                **sampling,
-                max_new_tokens=length,
-                suppress_tokens=policy.banned_ids.tolist() or None,
-                pad_token_id=pad_id,
-                eos_token_id=policy.end_ids,
-            ),
-        )[:, ids.shape[1] :]
-    is_end = torch.isin(written, torch.tensor(policy.end_ids, device=written.device))
-    response_mask = is_end.long().cumsum(-1) - is_end.long() == 0
-    responses = Responses(written * response_mask, response_mask, is_end.any(-1))
-    with torch.no_grad():
-        outputs = policy(prompts, responses, temperature or 1.0, entropy=True)
-    policy.train(was_training)
-    return responses, outputs
+    try:
+        with torch.no_grad(), torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
+            torch.manual_seed(row_seed(prompts.row_ids, seed))
+            written = policy.model.generate(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                **_inputs(policy, prompts, ids, torch.zeros_like(mask), group),
+                # A configuration of its own: the checkpoint's may hold a repetition penalty or a top-k, and then the
+                # distribution sampled from would not be the one that log-probs are of.
+                generation_config=options,
+            )[:, ids.shape[1] :]
+            is_end = torch.isin(written, torch.tensor(policy.end_ids, device=written.device))
+            response_mask = is_end.long().cumsum(-1) - is_end.long() == 0
+            responses = Responses(written * response_mask, response_mask, is_end.any(-1))
+            return responses, policy(prompts, responses, temperature or 1.0, entropy=True)
+    finally:
+        policy.train(was_training)
 
 
 def _last_hidden(model: nn.Module, family: Family, **inputs: Any) -> Tensor:

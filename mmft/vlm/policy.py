@@ -72,8 +72,8 @@ class Policy(nn.Module):
         if self.family.notes:
             reasons = "; ".join(self.family.notes)
             warnings.warn(
-                f"a {model.config.model_type!r} model is not known to work on the shared prefix and takes the plain "
-                f"path, right and slower: {reasons}",
+                f"a {model.config.model_type!r} model is not known to work on the shared prefix, which is slower "
+                f"without it: {reasons}",
                 stacklevel=2,
             )
         fold_lora(model)
@@ -148,7 +148,7 @@ class Policy(nn.Module):
         if reference:
             with torch.no_grad(), self.as_reference() as model:
                 hidden, targets = self._predictors(model, prompts, responses)
-                logprobs, _ = token_logprobs(self.distribution(temperature), hidden, targets)
+                logprobs, _ = token_logprobs(self.distribution(temperature, model), hidden, targets)
             return TokenOutputs(_unpack(logprobs, responses.mask))
         hidden, targets = self._predictors(self.model, prompts, responses)
         logprobs, entropies = token_logprobs(self.distribution(temperature), hidden, targets, entropy)
@@ -200,9 +200,14 @@ class Policy(nn.Module):
         hidden = run(model, self.family, packed.ids, packed.positions, packed.attention, features)
         return hidden[packed.predictor], packed.targets
 
-    def distribution(self, temperature: float = 1.0) -> Distribution:
-        """What is sampled from, and what log-probs are of: tempered, without the banned tokens."""
-        return Distribution(self.head, self.banned_ids, temperature, self._softcap)
+    def distribution(self, temperature: float = 1.0, model: nn.Module | None = None) -> Distribution:
+        """What is sampled from, and what log-probs are of: tempered, without the banned tokens.
+
+        Args:
+            model: whose head; the policy's by default. The reference copy has its own.
+        """
+        head = (self.model if model is None else model).get_output_embeddings()
+        return Distribution(head, self.banned_ids, temperature, self._softcap)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """(M, H) -> (M, V) fp32 logits of the distribution that is sampled from."""
@@ -210,7 +215,10 @@ class Policy(nn.Module):
 
 
 def _sight(model: nn.Module, family: Family) -> Iterator[nn.Parameter]:
-    """The parameters that the pictures' features depend on: all but the text decoder's and the head's."""
+    """The parameters that the pictures' features depend on: all but the text decoder's and the head's. All of them
+    where nobody knows which part the decoder is."""
+    if not family.decoder:
+        return model.parameters()
     blind = (text_decoder(model, family), model.get_output_embeddings())
     others = {id(p) for module in blind for p in module.parameters()}
     return (p for p in model.parameters() if id(p) not in others)

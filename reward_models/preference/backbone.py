@@ -115,6 +115,9 @@ def load_backbone(name: str | Path, quantize: str | None = None, dtype: str = "a
 
         # What is not quantised becomes fp32, in training and in scoring alike: one set of weights, one fingerprint.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():  # else repacked at the first pass without gradient, for a product that has none
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     else:
         model = model.to(device)
     return model.requires_grad_(False).eval(), processor

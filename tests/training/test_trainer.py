@@ -12,9 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from mmft.batch import Responses
 from mmft.training.config import A2CConfig, PPOConfig
 from mmft.training.trainer import A2CTrainer, PPOTrainer
 from mmft.vlm import policy as policy_module
+from mmft.vlm.generate import generate
 from mmft.vlm.load import build_policy, load_model, lora_config
 
 
@@ -244,8 +246,32 @@ def test_half_and_quantised_weights_train(tiny_model, tmp_path, options):
     assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
 
 
+def test_a_rollout_leaves_the_gradients_of_4_bit_weights_alone(tiny_model, tmp_path):
+    """Repacked for a faster product, 4-bit weights would pass no gradient on."""
+    trainer = trainer_of(
+        lambda family: wider(tiny_model(family), tmp_path / "model"), tmp_path, quantize="nf4", critic_start="zero"
+    )
+    policy, prompts = trainer.policy, trainer.prompts(1)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    allowed = (~policy.banned).nonzero().flatten()[:6]
+    n = len(prompts) * 2
+    written = Responses(allowed.repeat(n, 1), torch.ones(n, 6, dtype=torch.bool), torch.ones(n, dtype=torch.bool))
+
+    def gradients():
+        policy.zero_grad()
+        policy(prompts, written).logprobs.sum().backward()
+        return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+    fresh = gradients()
+    generate(policy, prompts, 2, 4, seed=0)
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, fresh[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_the_reference_copy_has_its_own_eyes(tiny_model, tmp_path):
-    """With every weight trained, the reference reads pictures with its own frozen tower, on both paths."""
+    """With every weight trained, the reference reads with its own frozen tower, decoder and head, on both paths."""
     for shared_prefix in (None, False):
         trainer = trainer_of(tiny_model, tmp_path, full=True, shared_prefix=shared_prefix)
         policy, prompts = trainer.policy, trainer.prompts(1)
@@ -254,9 +280,8 @@ def test_the_reference_copy_has_its_own_eyes(tiny_model, tmp_path):
         responses, _ = generate(policy, prompts, 2, 5, seed=0)
         before = policy(prompts, responses, reference=True).logprobs
         with torch.no_grad():
-            for name, parameter in policy.model.named_parameters():
-                if "vision_tower" in name or "projector" in name:
-                    parameter.add_(torch.randn_like(parameter))
+            for parameter in policy.model.parameters():  # tower, decoder and head alike
+                parameter.add_(0.1 * torch.randn_like(parameter))
             after = policy(prompts, responses, reference=True).logprobs
             moved = policy(prompts, responses).logprobs
         assert torch.equal(before, after)
