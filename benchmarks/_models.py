@@ -26,7 +26,7 @@ class Shape:
         trl_generation: samples that TRL generates together, to try with the fastest batch, beside a whole iteration's.
         trl_compile: whether to try `torch_compile` as well; it pays off after some iterations alone.
         micro_trials: values of ``micro_prompts`` to try.
-        warmup: iterations of each turn before the counted one; none where one of TRL's takes more than a minute.
+        stretch: each system runs all its iterations in a row, for one of TRL's takes more than a minute.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Shape:
     trl_generation: tuple[int, ...] = ()
     trl_compile: bool = False
     micro_trials: tuple[int, ...] = ()
-    warmup: int = 1
+    stretch: bool = False
 
     @property
     def samples(self) -> int:
@@ -61,8 +61,8 @@ SHAPES = {
             trl_compile=True,
             micro_trials=(4, 8, 16, 32),
         ),
-        Shape("smolvlm256m", 512, 2, 8, 20, (8, 16), micro_prompts=1, warmup=0),
-        Shape("qwen250m", 448, 2, 8, 20, (8, 16), micro_prompts=1, warmup=0),
+        Shape("smolvlm256m", 512, 2, 8, 20, (8, 16), micro_prompts=1, stretch=True),
+        Shape("qwen250m", 448, 2, 8, 20, (8, 16), micro_prompts=1, stretch=True),
         # For the tests of the benchmarks themselves.
         Shape("tiny", 24, 2, 2, 3, (2, 4), trl_generation=(2,), micro_trials=(1, 2)),
     )

@@ -13,7 +13,7 @@ Each system is one process. They take turns, an iteration at a time, in an order
 the n-th iterations of two systems are a pair. Before the first one each scores the same response by its own code, and
 the log-probs must agree to 1e-3. TRL runs without gradient checkpointing and with the setting that was fastest in a
 trial of batch sizes, generation batches, a static cache and `torch_compile`; mmft with the fastest `micro_prompts`.
-Where an iteration of TRL's takes more than a minute, there is no warm-up iteration and less to try (`_models.Shape`).
+Where an iteration of TRL's takes more than a minute, each runs all of its iterations in a row (`_models.Shape`).
 """
 
 from __future__ import annotations
@@ -77,29 +77,32 @@ def compare(
         def trial(system: str, setting: str | int | None) -> dict[str, Any]:
             found: dict[str, Any] = {"system": system, "setting": setting}
             try:
-                with process_of(system, setting, shape.warmup + 1) as process:
+                tried = 1 if shape.stretch else 2  # the last counts
+                with process_of(system, setting, tried) as process:
                     process.read()
-                    found |= [process.go() for _ in range(shape.warmup + 1)][-1]
+                    found |= [process.go() for _ in range(tried)][-1]
             except RuntimeError as error:
                 found["failed"] = str(error).strip().splitlines()[-1]
             print(_line(shape, found), flush=True)
             return found
 
-        turn = shape.warmup + 1
         trials, settings = _settings(shape, systems, trial if sweep else None, trl)
         with ExitStack() as stack:
             waiting = {}
             for system in systems:  # one after the other: loading takes memory too
-                process = stack.enter_context(process_of(system, settings[system], turn * pairs))
+                process = stack.enter_context(
+                    process_of(system, settings[system], pairs + 1 if shape.stretch else 2 * pairs)
+                )
                 waiting[system] = (process, process.read())
             gap = _same_logprobs({system: first["logprobs"] for system, (_, first) in waiting.items()})
             found: dict[str, list[dict[str, Any]]] = {system: [] for system in systems}
-            for i in range(pairs):
-                for system in systems[i % len(systems) :] + systems[: i % len(systems)]:
-                    # Only the last of a turn counts: a process that has waited starts with cold caches.
-                    measured = [waiting[system][0].go() for _ in range(turn)][-1]
-                    found[system].append(measured)
-                    print(_line(shape, measured | {"system": system, "setting": settings[system]}), flush=True)
+            # A turn begins with an iteration that does not count: a process that has waited starts with cold caches.
+            for system, counted in _turns(systems, pairs, shape.stretch):
+                waiting[system][0].go()
+                for _ in range(counted):
+                    found[system].append(waiting[system][0].go())
+                    last = found[system][-1] | {"system": system, "setting": settings[system]}
+                    print(_line(shape, last), flush=True)
             ends = {system: process.go() for system, (process, _) in waiting.items()}
     for system, end in ends.items():
         for text, score in end["seen"]:
@@ -115,6 +118,14 @@ def compare(
         "ratios": _ratios(found),
         "targets": {"speed": TARGETS.get(shape.name), "peak": MEMORY_TARGET},
     }
+
+
+def _turns(systems: list[str], pairs: int, stretch: bool) -> list[tuple[str, int]]:
+    """Whose turn it is, and for how many counted iterations: one at a time in rotating order, or all in a stretch."""
+    if stretch:
+        return [(system, pairs) for system in systems]
+    rotated = [systems[i % len(systems) :] + systems[: i % len(systems)] for i in range(pairs)]
+    return [(system, 1) for order in rotated for system in order]
 
 
 def _settings(
