@@ -58,7 +58,8 @@ def test_a_point_is_measured_and_pictures_are_counted(folder: Path) -> None:
     one, two = (scaling.measure(TINY, folder, pictures, 1) for pictures in (1, 2))
     assert two["picture_tokens"] == 2 * one["picture_tokens"] > 0
     assert one["seconds"] >= sum(one["phases"].values()) * 0.99
-    assert one["peak_mib"] >= one["increase_mib"] >= 0
+    # Linux counts pages in batches: an iteration that takes nothing new may end a fraction below its start.
+    assert one["peak_mib"] >= one["increase_mib"] > -1
 
 
 def test_widened_model_has_square_the_weights_and_runs(folder: Path, tmp_path: Path) -> None:

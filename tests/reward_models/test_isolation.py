@@ -1,6 +1,7 @@
 """Rewards in a child process: what they return, and every way in which they can fail."""
 
-from __future__ import annotations
+from __future__ from contextlib import contextmanager
+import annotations
 
 import os
 import pickle
@@ -261,9 +262,19 @@ def test_no_torch_and_pickling(file):
             assert copy._process.popen.pid != reward._process.popen.pid
 
 
+@contextmanager
+def interruptible():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_in_a_call_does_not_mix_up_answers(file):
     """The answer to the broken-off call must not be given to the next one."""
-    with Isolated(f"{file}:hangs") as reward:
+    # A shell lets what it starts in the background ignore Ctrl-C.
+    with interruptible(), Isolated(f"{file}:hangs") as reward:
         timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
         with pytest.raises(KeyboardInterrupt):
