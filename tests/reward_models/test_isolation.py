@@ -1,7 +1,6 @@
 """Rewards in a child process: what they return, and every way in which they can fail."""
 
-from __future__ from contextlib import contextmanager
-import annotations
+from __future__ import annotations
 
 import os
 import pickle
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
