@@ -7,7 +7,7 @@ every use. The reference policy is the same weights with the adapters switched o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -109,10 +109,10 @@ class Policy(nn.Module):
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         inner.activation_checkpointing_enable({"use_reentrant": False})
 
-    def compile_decoder(self) -> None:
+    def compile_decoder(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compiles each layer of the decoder by itself: one layer's code serves all of them."""
         for layer in text_decoder(self.model, self.family).layers:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)
 
     @property
     def head(self) -> nn.Module:

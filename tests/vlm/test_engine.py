@@ -73,6 +73,24 @@ def test_checkpointing_really_runs_the_layers_again(policy):
     assert len(runs) == 2
 
 
+def test_compiled_layers_give_the_same_gradients_and_samples(policy):
+    """Traced, but without the compiler behind it, which takes minutes: what could change is in the tracing."""
+    prompts, responses = batch(policy)
+    plain, written = gradients(policy, prompts, responses), generate(policy, prompts, 2, 5, seed=3)[0]
+    graphs = []
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    policy.compile_decoder(as_it_is)
+    again = gradients(policy, prompts, responses)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    assert torch.equal(generate(policy, prompts, 2, 5, seed=3)[0].ids, written.ids)
+    assert graphs
+
+
 def test_responses_of_one_token_need_nothing_but_their_prompts(policy):
     prompts, responses = batch(policy, group=2, longest=3)
     one = Responses(responses.ids[:, :1], responses.mask[:, :1], responses.ended)
