@@ -13,7 +13,7 @@ THREADS ?= 2
 LAUNCH := $(VENV)/bin/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no \
           --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test soak check bench clean
 
 demo: $(VENV)/.installed
 	$(LAUNCH) recipes/caption_ppo.py output.dir=$(RUN) $(ARGS)
@@ -21,6 +21,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest
+
+# Runs that are killed, starved and hung by the dozen (docs/reliability.md): an hour on two cores.
+soak: $(VENV)/.installed-dev
+	$(PY) -m pytest -m soak -s
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

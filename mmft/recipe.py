@@ -44,6 +44,8 @@ class Lora(Section):
     alpha: int = Field(32, ge=1)  # the update is scaled by alpha / r
     dropout: float = Field(0.0, ge=0, lt=1)
     target: str = Field("language", min_length=1)  # which layers; see mmft/vlm/families.py
+    dora: bool = False  # weight-decomposed adapters (Liu et al. 2024)
+    rslora: bool = False  # scaled by alpha / sqrt(r) (Kalajdzievski 2023)
 
 
 class PictureCache(Section):
@@ -59,8 +61,10 @@ class Model(Section):
 
     name: str = Field("scenes-vlm", min_length=1)  # bundled name, hub id or folder
     quantize: Literal["nf4", "int8"] | None = None
-    tune: Literal["lora", "full"] = "lora"
+    tune: Literal["lora", "full", "frozen", "hybrid"] = "lora"
     lora: Lora = Lora()
+    trained_layers: int = Field(2, ge=1)  # with tune frozen: the decoder's last so many layers, and its last norm
+    trust_remote_code: bool = False  # run Python code that comes with the model
     critic: Literal["head", "none"] = "head"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False  # the decoder's layers by torch.compile; the first steps then take minutes
@@ -127,7 +131,7 @@ class Algorithm(Section):
 class Vllm(Section):
     """vLLM: a server started as docs/generation.md says, or in this process."""
 
-    url: str | None = Field("http://127.0.0.1:8000", pattern=r"^https?://")  # null = in this process
+    url: str | None = Field("http://127.0.0.1:8000", pattern=r"^https?://", description="an http(s) address or null")  # null = in this process
     memory: float = Field(0.3, gt=0, lt=1)  # with url null: share of the GPU that it takes
     timeout: float = Field(240.0, gt=0)  # seconds
     tolerance: float = Field(0.1, gt=0)  # nats a token between its log-probs and the policy's own, mean of a prompt
@@ -154,7 +158,11 @@ class Train(Section):
     warmup_steps: int = Field(0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    optimizer: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
     save_every: int = Field(20, ge=0)  # steps; 0 = only at the end
+    keep_last: int = Field(2, ge=1)  # checkpoints; the one of the best evaluation is kept beside them
+    skip_spikes: float | None = Field(None, gt=1)  # a loss this many times its usual size is not learned from
+    timeout: float | None = Field(1800.0, gt=0)  # seconds one phase of a step may take; null = for ever
     micro_prompts: int | None = Field(None, ge=1)  # prompts per forward pass; null = the whole minibatch
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
@@ -173,6 +181,7 @@ class Eval(Section):
     """Held-out evaluation, on the split ``data.eval``."""
 
     every: int = Field(20, ge=0)  # steps; 0 = only before and after
+    patience: int | None = Field(None, ge=1)  # evaluations without a new best before the run ends with the best state
     rows: int = Field(512, ge=1)
 
 
@@ -180,7 +189,10 @@ class Output(Section):
     """Where results go."""
 
     dir: str = Field("runs/caption_ppo", min_length=1)
-    push_to_hub: None = Field(None, description="null (publishing from a recipe is not available yet)")
+    push_to_hub: str | None = Field(
+        None, pattern=r"^[\w.-]+/[\w.-]+$", description="user/name of a repository on the Hub, or null"
+    )
+    private: bool = True  # the repository that is pushed to, if it is made
     trackers: list[Literal["tensorboard"]] = ["tensorboard"]
 
 
@@ -250,10 +262,16 @@ def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         f"got {show(a.kl_target)}, expected null with kl_coef 0 (an adaptive coefficient never leaves 0)",
     )
     check(
-        model.quantize is None or model.tune == "lora",
+        model.quantize is None or model.tune in ("lora", "hybrid"),
         "model.quantize",
         "model.tune",
         f"got {model.quantize}, expected null with model.tune {model.tune} (quantized weights cannot be trained)",
+    )
+    check(
+        r.eval.patience is None or r.eval.every > 0,
+        "eval.patience",
+        "eval.every",
+        f"got {show(r.eval.patience)}, expected null with eval.every 0 (nothing is evaluated on the way)",
     )
     check(
         train.warmup_steps <= train.steps,

@@ -21,8 +21,8 @@ HEIGHTS = {
     "vlm": 2,
     "data": 2,
     "evaluation": 2,
-    "training": 3,
-    "hub": 4,
+    "hub": 3,
+    "training": 4,
     "cli": 5,
 }
 NEVER_IN_REWARDS = {"mmft", "trl", "accelerate", "deepspeed"}

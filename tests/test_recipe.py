@@ -123,7 +123,7 @@ CASES = {
     "section for a list": ("rewards: {name: bleu}\n", "r.yaml:1: rewards: got a section with keys", "a list"),
     "empty list": ("seed: 1\nrewards: []\n", "r.yaml:2: rewards: got a list of 0", "one or more items"),
     "empty text": ("data: {name: ''}\n", 'r.yaml:1: data.name: got ""', "text that is not empty"),
-    "not yet": ("output:\n  push_to_hub: me/model\n", "r.yaml:2: output.push_to_hub:", "not available yet"),
+    "no repository": ("output:\n  push_to_hub: model\n", "r.yaml:2: output.push_to_hub: got", "user/name of a repo"),
     "given twice": (
         "seed: 1\nmodel:\n  tune: lora\nseed: 2\n",
         "r.yaml:4: seed: given twice (first on line 1)",

@@ -13,6 +13,7 @@ _CHOICES = {
     "engine": ("native", "hf", "vllm"),
     "lr_scheduler_type": ("constant", "linear", "cosine"),
     "kl_estimator": ("k1", "k2", "k3"),
+    "optimizer": ("adamw", "adamw_8bit", "sgd"),
 }
 
 
@@ -48,7 +49,12 @@ class PPOConfig:
         critic_start: "fit" sets the value head to the least-squares fit of the first step's returns; "zero" leaves
             it at zero.
         reward_weights: one per reward function; None = 1 each.
+        optimizer: "adamw", "adamw_8bit" (bitsandbytes) or "sgd".
         save_steps, eval_steps: every so many steps; 0 = only at the end.
+        keep_last: checkpoints kept, beside the one of the best evaluation.
+        patience: evaluations without a new best before the run ends with the best state (None = never).
+        skip_spikes: a loss more than so many times its running median is not learned from (None = it is).
+        timeout: seconds one phase of a step may take before all processes are ended (None = for ever).
         eval_rows: at most this many rows of the evaluation set.
         eval_batch: prompts decoded together in evaluation.
         engine: what writes responses in training: "native", "hf" or "vllm" (see `mmft.training.engines`).
@@ -93,8 +99,13 @@ class PPOConfig:
     critic: str = "head"
     critic_start: str = "fit"
     reward_weights: list[float] | None = None
+    optimizer: str = "adamw"
     save_steps: int = 0
+    keep_last: int = 2
+    skip_spikes: float | None = None
+    timeout: float | None = 1800.0
     eval_steps: int = 0
+    patience: int | None = None
     eval_rows: int = 512
     eval_batch: int = 64
     engine: str = "native"
@@ -152,6 +163,7 @@ def from_recipe(recipe) -> PPOConfig:
         cache_disk_bytes=cache.disk_mib << 20,
         eval_steps=recipe.eval.every,
         eval_rows=recipe.eval.rows,
+        patience=recipe.eval.patience,
         report_to=tuple(recipe.output.trackers),
         guards=_guards(recipe.guards),
     )
