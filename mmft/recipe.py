@@ -131,7 +131,9 @@ class Algorithm(Section):
 class Vllm(Section):
     """vLLM: a server started as docs/generation.md says, or in this process."""
 
-    url: str | None = Field("http://127.0.0.1:8000", pattern=r"^https?://", description="an http(s) address or null")  # null = in this process
+    url: str | None = Field(
+        "http://127.0.0.1:8000", pattern=r"^https?://", description="an http(s) address or null"
+    )  # null = in this process
     memory: float = Field(0.3, gt=0, lt=1)  # with url null: share of the GPU that it takes
     timeout: float = Field(240.0, gt=0)  # seconds
     tolerance: float = Field(0.1, gt=0)  # nats a token between its log-probs and the policy's own, mean of a prompt
