@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from ruamel.yaml import YAML
 
 from mmft.recipe_rewards import WITH_TIMEOUT, Guards, Reward, ShareWeight
+from mmft.recipe_secrets import hide_secrets, redacted, remember_secrets
 from mmft.recipe_yaml import (
     Document,
     Key,
@@ -94,6 +95,7 @@ class Data(Section):
     eval: str = Field("test", min_length=1)
     train_rows: int | None = Field(None, ge=1)  # the first so many rows only
     prompt: str | None = Field(None, min_length=1)  # replaces the prompt of every row
+    bad_rows: Literal["error", "skip"] = "error"  # files that cannot be used: stop, or leave their rows out
     video: Video = Video()
     audio: Audio = Audio()
 
@@ -177,6 +179,7 @@ class WarmStart(Section):
     batch_size: int = Field(32, ge=1)  # (picture, caption) pairs per step
     tune: Literal["full", "lora"] = "full"
     max_steps: int | None = Field(None, ge=1)  # stop early; null = all epochs
+    save_every: int = Field(200, ge=0)  # steps between checkpoints of the warm start; 0 = none
 
 
 class Eval(Section):
@@ -195,7 +198,7 @@ class Output(Section):
         None, pattern=r"^[\w.-]+/[\w.-]+$", description="user/name of a repository on the Hub, or null"
     )
     private: bool = True  # the repository that is pushed to, if it is made
-    trackers: list[Literal["tensorboard"]] = ["tensorboard"]
+    trackers: list[Literal["tensorboard", "ledger"]] = ["tensorboard"]  # beside metrics.jsonl
 
 
 class Recipe(Section):
@@ -222,11 +225,11 @@ class Recipe(Section):
         return self
 
     def dump(self, path: str | Path) -> None:
-        """Write the resolved recipe as YAML; ``load_recipe`` of that file gives an equal recipe."""
+        """Write the resolved recipe as YAML, without secrets; ``load_recipe`` of that file gives an equal recipe."""
         yaml = YAML()
         yaml.default_flow_style = False
         with Path(path).open("w", encoding="utf-8") as stream:
-            yaml.dump(self.model_dump(), stream)
+            yaml.dump(redacted(self.model_dump()), stream)
 
 
 def _impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
@@ -435,6 +438,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     document = load_document(path)
     for text in overrides or []:
         override(document, text)
+    remember_secrets(document.data)
     recipe = _check(document)
     document.raise_if_any()
     assert recipe is not None
@@ -451,7 +455,7 @@ def recipe_main(
     argv: list[str] | None = None,
     default: str | Path | None = None,
     load: Callable[[str | Path, list[str]], Any] = load_recipe,
-) -> tuple[Any, str | None]:
+) -> tuple[Any, str | None, list[str]]:
     """The command line of every recipe: ``[recipe.yaml] [key.sub=value ...] [--resume [PATH]]``.
 
     Call it before importing anything heavy: a wrong recipe ends the process with code 2, all problems on
@@ -464,16 +468,29 @@ def recipe_main(
         load: what reads the file and its overrides; another one for recipes of another kind.
 
     Returns:
-        the recipe, and what to resume: None, ``"latest"`` (newest checkpoint of ``output.dir``) or a path.
+        the recipe; what to resume: None, ``"latest"`` (newest whole checkpoint of ``output.dir``) or a path; and the
+        fields that may have changed since that checkpoint was made.
     """
+    hide_secrets()
     parser = argparse.ArgumentParser(
         description=description,
         epilog="Overrides are written key.sub=value, for example: train.steps=10 output.dir=runs/short",
     )
     parser.add_argument("words", nargs="*", metavar="recipe.yaml | key.sub=value")
-    parser.add_argument("--resume", nargs="?", const="latest", default=None, metavar="PATH")
+    parser.add_argument(
+        "--resume", nargs="?", const="latest", metavar="PATH", help="go on from the newest whole checkpoint, or this one"
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="resume although FIELD is another than in the checkpoint (dataset, seed ...; may be repeated)",
+    )
     arguments = parser.parse_intermixed_args(argv)
     words, resume = arguments.words, arguments.resume
+    if arguments.allow_change and resume is None:
+        parser.error("--allow-change goes with --resume")
     if resume is not None and resume != "latest" and not os.path.isdir(resume):
         if "=" not in resume and not resume.endswith((".yaml", ".yml")):
             parser.error(f"--resume {resume}: no such folder, expected a checkpoint or a run folder")
@@ -483,7 +500,7 @@ def recipe_main(
         parser.error(f"got {' and '.join(files)}, expected one recipe file (overrides: key.sub=value)")
     path = files[0] if files else default or Path(sys.argv[0]).with_suffix(".yaml")
     try:
-        return load(path, [word for word in words if word not in files]), resume
+        return load(path, [word for word in words if word not in files]), resume, arguments.allow_change
     except RecipeError as error:
         if os.environ.get("RANK", "0") == "0":  # one copy of the list, not one per process
             print("\n".join([*error.problems, _count(len(error.problems))]), file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 
+from mmft.recipe_secrets import redacted
 from mmft.recipe_yaml import Section, describe, dotted, load_document, override, parse_key, show
 
 __all__ = ["PreferenceRecipe", "load_preference_recipe"]
@@ -87,6 +88,7 @@ class Train(Section):
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
     max_grad_norm: float = Field(1.0, gt=0)
+    save_every: int = Field(200, ge=0)  # steps between checkpoints, kept until the head is done; 0 = none
 
 
 class Output(Section):
@@ -111,7 +113,7 @@ class PreferenceRecipe(Section):
         yaml = YAML()
         yaml.default_flow_style = False
         with Path(path).open("w", encoding="utf-8") as stream:
-            yaml.dump(self.model_dump(), stream)
+            yaml.dump(redacted(self.model_dump()), stream)
 
 
 def _impossible(r: PreferenceRecipe) -> list[tuple[str, str, str]]:

@@ -10,11 +10,12 @@ from mmft.recipe import recipe_main
 
 
 def main() -> None:
-    recipe, resume = recipe_main(__doc__)  # a wrong recipe ends here, before anything heavy is imported
+    # A wrong recipe ends here, before anything heavy is imported.
+    recipe, resume, allow_change = recipe_main(__doc__)
 
     from mmft.training.run import run
 
-    run(recipe, resume)
+    run(recipe, resume, allow_change)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import traceback
 import types
 from collections.abc import Callable, Mapping
@@ -209,7 +210,7 @@ def run_child() -> None:
             answer = _answer(call, columns, loop)
         except BaseException as error:
             reply("raised", _told(error))
-            reply("row", call and _failing_row(call, columns, loop))
+            reply("row", call and failing_row(call, columns, loop))
         else:
             reply("values", answer)
 
@@ -239,9 +240,11 @@ def _told(error: BaseException) -> str:
     return "\n".join([said, *lines[max(own[0] if own else 0, len(lines) - TRACEBACK_LINES) :]])
 
 
-def _answer(call: Callable[..., Any], columns: dict[str, Any], loop: asyncio.AbstractEventLoop) -> tuple[Any, Any]:
+def _answer(
+    call: Callable[..., Any], columns: Mapping[str, Any], loop: asyncio.AbstractEventLoop | None
+) -> tuple[Any, Any]:
     returned = call(**columns)
-    if inspect.isawaitable(returned):
+    if loop is not None and inspect.isawaitable(returned):
         returned = loop.run_until_complete(_awaited(returned))
     if isinstance(returned, tuple) and hasattr(returned, "logged"):
         return _plain(returned[0]), {key: _plain(column) for key, column in returned.logged.items()}
@@ -271,11 +274,19 @@ def _plain(value: Any) -> Any:
         return repr(value)
 
 
-def _failing_row(call: Callable[..., Any], columns: dict[str, Any], loop: asyncio.AbstractEventLoop) -> int | None:
-    rows = len(row_range(columns))
+def failing_row(
+    call: Callable[..., Any],
+    columns: Mapping[str, Any],
+    loop: asyncio.AbstractEventLoop | None = None,
+    seconds: float = float("inf"),
+) -> int | None:
+    """The first row that raises when it is scored by itself; None where none does, or none was found in this time."""
+    rows, deadline = len(row_range(columns)), time.monotonic() + seconds
     if rows == 1:
         return 0
     for i in range(rows):
+        if time.monotonic() > deadline:
+            return None
         one = {
             key: column[i : i + 1] if isinstance(column, (list, tuple, np.ndarray)) and len(column) == rows else column
             for key, column in columns.items()

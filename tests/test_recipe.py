@@ -470,15 +470,16 @@ def test_guards_log_by_default_and_can_be_switched_off(write):
 
 def test_command_line(write, tmp_path):
     path = str(write("seed: 3\n"))
-    recipe, resume = recipe_main("test", [path, "train.steps=2"])
-    assert (recipe.seed, recipe.train.steps, resume) == (3, 2, None)
+    recipe, resume, allowed = recipe_main("test", [path, "train.steps=2"])
+    assert (recipe.seed, recipe.train.steps, resume, allowed) == (3, 2, None, [])
     assert recipe_main("test", [path, "--resume"])[1] == "latest"
     assert recipe_main("test", [path, "--resume", str(tmp_path)])[1] == str(tmp_path)
-    recipe, resume = recipe_main("test", ["--resume", "train.steps=2", path])  # an override is no checkpoint
-    assert (recipe.seed, recipe.train.steps, resume) == (3, 2, "latest")
+    words = ["--resume", "train.steps=2", path]  # an override is no checkpoint
+    recipe, resume, allowed = recipe_main("test", [*words, "--allow-change", "seed", "--allow-change", "dataset"])
+    assert (recipe.seed, recipe.train.steps, resume, allowed) == (3, 2, "latest", ["seed", "dataset"])
 
 
-@pytest.mark.parametrize("words", [["a.yaml", "b.yaml"], ["--resume", "nowhere"], ["--steps", "3"]])
+@pytest.mark.parametrize("words", [["a.yaml", "b.yaml"], ["--resume", "nowhere"], ["--steps", "3"], ["--allow-change", "seed"]])
 def test_wrong_command_lines_end_with_code_2(words):
     with pytest.raises(SystemExit) as caught:
         recipe_main("test", words)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmft.data.rows import refuse_outward
+from reward_models.picture_files import refuse_outward
 
 
 @dataclass
@@ -28,6 +28,8 @@ class Captions:
 
 
 def _read_text(path: Path) -> str:
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe is waited for, a device read for ever
+        raise ValueError(f"{path} is a special file; expected a file of captions or names")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -98,6 +100,8 @@ def _read_json(path: Path) -> Captions:
         data = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply; expected captions as COCO, Karpathy or MSR-VTT") from None
     if isinstance(data, dict) and isinstance(data.get("videos"), list) and isinstance(data.get("sentences"), list):
@@ -143,7 +147,7 @@ def _read_karpathy(path: Path, images: list[Any]) -> Captions:
     captions = Captions(path)
     for index, entry in enumerate(images):
         where = f"{path}: images[{index}]"
-        name, sentences = _get(entry, "filename", where), _get(entry, "sentences", where)
+        name, sentences = str(_get(entry, "filename", where)), _get(entry, "sentences", where)
         if isinstance(entry.get("filepath"), str) and entry["filepath"]:
             name = f"{entry['filepath']}/{name}"  # COCO's pictures lie in two folders
         if name in captions.texts:

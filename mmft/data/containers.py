@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+
+from reward_models.picture_files import MAX_PIXELS, check_plain
 
 # FFmpeg also knows playlists, which open other files and addresses, and would show a text file as a terminal.
 _FORMATS = (
@@ -48,7 +49,12 @@ def opened(source: Any, kind: Literal["video", "audio"], where: str) -> Iterator
     elif not data:
         raise ValueError(f"{where} is empty (0 bytes); expected a {called}")
     try:
-        with av.open(str(path) if data is None else io.BytesIO(data), options={"format_whitelist": _FORMATS}) as file:
+        # FFmpeg decodes the first frames to find out what they are, before anybody can ask for their size; and a frame
+        # may be larger than the container says.
+        limit = {"max_pixels": str(MAX_PIXELS)}
+        options = {"format_whitelist": _FORMATS} | limit
+        source = str(path) if data is None else io.BytesIO(data)
+        with av.open(source, options=options, metadata_errors="replace") as file:
             # The cover of a music file is a stream of pictures, too.
             cover = av.stream.Disposition.attached_pic
             stream = next((s for s in file.streams if s.type == kind and not s.disposition & cover), None)
@@ -57,20 +63,13 @@ def opened(source: Any, kind: Literal["video", "audio"], where: str) -> Iterator
                 raise ValueError(f"{where} holds no {kind}, only {found}; expected a {called}")
             if stream.codec_context is None:
                 raise ValueError(f"{where} has {kind} in a format that FFmpeg cannot decode; convert the file")
+            stream.codec_context.options = limit
+            if kind == "video" and stream.width * stream.height > MAX_PIXELS:
+                size = f"{stream.width} x {stream.height}"
+                raise ValueError(f"{where} has {size} pixels, expected at most {MAX_PIXELS}; make it smaller")
             yield file, stream
     except av.FFmpegError as error:
-        raise ValueError(f"{where} is no {called} or is damaged: {error.strerror}; replace the file") from None
-
-
-def check_plain(path: Path, where: str, called: str = "picture") -> None:
-    """Raises ValueError for a file that is missing, empty, a folder or a device (reading which might never end)."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        kind = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        raise ValueError(f"{where} {kind}; expected a {called} file") from None
-    if not stat.S_ISREG(status.st_mode):
-        kind = "folder" if stat.S_ISDIR(status.st_mode) else "special file"
-        raise ValueError(f"{where} is a {kind}; expected a {called} file")
-    if status.st_size == 0:
-        raise ValueError(f"{where} is empty (0 bytes); expected a {called} file")
+        why = error.strerror
+        if isinstance(error, av.ArgumentError):  # also what decoders say of a frame beyond the limit
+            why += f", perhaps a frame of more than {MAX_PIXELS} pixels"
+        raise ValueError(f"{where} is no {called} or is damaged: {why}; replace the file") from None

@@ -1,4 +1,4 @@
-"""Rows: a lazy sequence of samples, and the one place that opens picture files.
+"""Rows: a lazy sequence of samples, whose files are opened when a row is asked for.
 
 A row is a dict with "id", "prompt", "image" (RGB), "references" and whatever else a data set brings. Rows of clips
 have "images" or "video" instead of "image", rows of sounds "audio" (see `mmft.data.video`, `mmft.data.audio`). Files
@@ -7,19 +7,18 @@ are opened when a row is asked for and not kept, so a data set of any size costs
 
 from __future__ import annotations
 
-import os
+import json
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from mmft.data.containers import check_plain
+from reward_models.picture_files import as_rgb, check_picture_file, check_plain, inside, open_picture_file
 
-MAX_PIXELS = 89_478_485  # where Pillow starts to warn of decompression bombs; refused from the header alone
 MAX_FILE_CHECKS = 10_000
 MAX_LISTED = 10
 
@@ -140,6 +139,71 @@ class OpenedRows(Sequence[dict[str, Any]]):
         return (self[index] for index in range(len(self)))
 
 
+class UsableRows(Sequence[dict[str, Any]]):
+    """Rows without those that cannot be used.
+
+    They are looked for at once (see `faults`). One that turns out to be damaged only when it is read (of very many
+    files only some are decoded before) gives its place to the next good row, with a warning.
+
+    Attributes:
+        skipped: place in ``rows`` -> why it is left out.
+    """
+
+    def __init__(self, rows: Any, decode: int | None = None) -> None:
+        self.rows, self.skipped = rows, faults(rows, decode)
+        self.places = [i for i in range(len(rows)) if i not in self.skipped]
+        if not self.places:
+            raise ValueError(listed(f"none of {len(rows)} rows can be used", list(self.skipped.values())))
+
+    @property
+    def column_names(self) -> list[str]:
+        return self.rows.column_names
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        for _ in self.places:
+            place = self.places[index]
+            try:
+                return self.rows[place]
+            except ValueError as error:
+                self.skipped[place] = str(error)
+                warnings.warn(f"left out: {error}", stacklevel=2)
+                good = [other for other in self.places if other not in self.skipped]
+                if not good:
+                    break
+                later = next((other for other in good if other > place), good[0])
+                self.places = [later if other == place else other for other in self.places]
+        raise ValueError(listed("no row is left that can be used", list(self.skipped.values())))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def text(self, index: int) -> dict[str, Any]:
+        return self.rows.text(self.places[index])
+
+    def references(self) -> list[list[str]]:
+        every = self.rows.references()
+        return [every[place] for place in self.places]
+
+
+def write_skipped(folder: Path, **splits: Any) -> None:
+    """``skipped_rows.jsonl``: split, row and reason of everything that `UsableRows` left out; says how much it is."""
+    lines = [
+        {"split": split, "row": rows.rows.text(place)["id"], "reason": why}
+        for split, rows in splits.items()
+        for place, why in sorted(getattr(rows, "skipped", {}).items())
+    ]
+    if lines:
+        path = folder / "skipped_rows.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        counts = ", ".join(f"{sum(line['split'] == split for line in lines)} of {split}" for split in splits)
+        print(f"rows left out: {counts}; reasons in {path}", file=sys.stderr)
+
+
 class Prompted(Sequence[dict[str, Any]]):
     """Any rows with another prompt on each."""
 
@@ -168,113 +232,57 @@ class Prompted(Sequence[dict[str, Any]]):
         return self.rows.references()
 
 
-# --- picture files ---------------------------------------------------------------------------------
+# --- pictures --------------------------------------------------------------------------------------
 
 
-def refuse_outward(name: str, where: str) -> None:
-    """Raises ValueError for a picture name that is not a plain relative path (``..``, absolute, ``file://``)."""
-    path, windows = PurePosixPath(name), PureWindowsPath(name)
-    outward = path.is_absolute() or windows.is_absolute() or windows.drive or windows.root
-    if not name or "\0" in name or "://" in name or outward or ".." in (*path.parts, *windows.parts):
-        raise ValueError(
-            f"{where}: picture {name!r} is refused; expected a path below the folder of pictures, without '..'"
-        )
+def open_picture(source: Any, row: str | None = None, where: str | None = None) -> Image.Image:
+    """A picture as 8-bit RGB, upright; see `open_picture_file` for what is done to it and what is refused.
 
-
-def inside(root: Path, name: str, where: str) -> Path:
-    """The file ``root/name``, links followed. Raises ValueError where it lies outside ``root``."""
-    refuse_outward(name, where)
-    try:
-        real = (root / name).resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
-        raise ValueError(f"{where}: picture {root / name} cannot be looked up: {error}") from None
-    if not real.is_relative_to(root.resolve()):
-        raise ValueError(
-            f"{where}: picture {root / name} is a link to {real}, outside of {root}; put a copy there instead"
-        )
-    return real
-
-
-def open_picture(path: str | Path, row: str | None = None, where: str | None = None) -> Image.Image:
-    """Opens a picture as 8-bit RGB, upright.
-
-    EXIF rotation is applied; transparency is laid onto white; palettes, grey, 1-bit and CMYK are converted; 16-bit
-    grey is scaled by 1/257 (Pillow alone would clip it to white); of an animation the first frame is taken.
-
-    Raises:
-        ValueError: naming row, path and reason: missing, not a plain file, not a picture, damaged, or more than
-            ``MAX_PIXELS`` pixels (seen from the header, before anything is decoded).
+    Args:
+        source: a path, the bytes of a file, ``{"path": ..., "bytes": ...}`` as `datasets` leaves it, or a PIL image.
+        row, where: what errors begin with: ``row 7: picture a.png``, or `where` itself.
     """
-    where = where or (f"row {row}: picture {path}" if row is not None else f"picture {path}")
-    with _opened(Path(path), where) as image:
-        try:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), where)
-        except ValueError as error:
-            raise _as_said(error, where) from None
-        except (OSError, SyntaxError, EOFError, IndexError, ArithmeticError, TypeError, MemoryError) as error:
-            raise ValueError(f"{where} is damaged: {error}; replace the file or take the row out") from None
+    name = f"picture {source}" if isinstance(source, str | Path) else "picture"
+    where = where or (f"row {row}: {name}" if row is not None else name)
+    if isinstance(source, Mapping):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, Image.Image):
+        return as_rgb(source, where)
+    if not isinstance(source, str | Path | bytes):
+        raise ValueError(f"{where} is {type(source).__name__}; expected a path, the bytes of a file, or a PIL image")
+    return open_picture_file(source, where)
 
 
-def check_file(path: Path, where: str) -> None:
-    """Raises ValueError if the file is missing, no picture, too large or damaged; decodes only where it must."""
-    with _opened(path, where) as image:
-        if image.format == "PNG":
-            try:
-                return image.verify()  # reads the file and its checksums without unpacking it
-            except Exception as error:  # Pillow's readers raise whatever their format's parser meets
-                raise ValueError(f"{where} is damaged: {error}; replace the file or take the row out") from None
-        if image.format in ("JPEG", "MPO"):
-            with path.open("rb") as stream:
-                stream.seek(-min(64, path.stat().st_size), os.SEEK_END)
-                if b"\xff\xd9" in stream.read():  # the end marker: the file was not cut off
-                    return None
-    open_picture(path, where=where)
-    return None
+def _open_all(sources: Any, where: str) -> list[Image.Image]:
+    if not isinstance(sources, list | tuple):
+        raise ValueError(f"{where} is {type(sources).__name__}; expected a list of pictures")
+    return [open_picture(source, where=f"{where} {i}") for i, source in enumerate(sources)]
 
 
-PICTURES = Reader("image", lambda path, where: open_picture(path, where=where), check_file, decoded=1000)
+PICTURES = Reader("image", lambda source, where: open_picture(source, where=where), check_picture_file, decoded=1000)
+_SEVERAL = Reader("images", _open_all, check_picture_file, decoded=1000)
 
 
-def _as_said(error: ValueError, where: str) -> ValueError:
-    if str(error).startswith(where):
-        return error
-    return ValueError(f"{where} is damaged: {error}; replace the file or take the row out")
+def opened_here(rows: Any) -> Any:
+    """The rows of a `datasets.Dataset` with their pictures opened by `open_picture`; any other rows as they are.
+
+    The library would decode whatever the file holds, of any size, and turn 16-bit grey into white.
+    """
+    features = getattr(rows, "features", None)
+    if not isinstance(features, Mapping) or not hasattr(rows, "cast_column"):
+        return rows
+    import datasets
+
+    for column, reader in (("image", PICTURES), ("images", _SEVERAL)):
+        feature, closed = features.get(column), datasets.Image(decode=False)
+        if isinstance(feature, datasets.Image):
+            rows = OpenedRows(rows.cast_column(column, closed), column, reader)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            rows = OpenedRows(rows.cast_column(column, type(feature)(closed)), column, reader)
+    return rows
 
 
-def _opened(path: Path, where: str) -> Image.Image:
-    check_plain(path, where)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-    except UnidentifiedImageError:
-        raise ValueError(f"{where} is not a picture in a known format; replace the file") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{where} is too large: {error}; make it smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"{where} cannot be opened: {error}; replace the file or take the row out") from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"{where} has {width} x {height} pixels, expected at most {MAX_PIXELS}; make it smaller")
-    return image
-
-
-def _to_rgb(image: Image.Image, where: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits, or 32 bits that hold 16
-        values = np.asarray(image).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ValueError(f"{where} has values beyond 16 bits; save it with 8 or 16 bits per channel")
-        grey = Image.fromarray(((values + 128) // 257).astype(np.uint8), "L")
-        return grey.convert("RGB")
-    if image.mode == "F":
-        raise ValueError(f"{where} has floating-point pixels; save it with 8 or 16 bits per channel")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+# --- looking at all of them ------------------------------------------------------------------------
 
 
 def check_rows(rows: Rows, decode: int | None = None) -> None:
@@ -287,13 +295,19 @@ def check_rows(rows: Rows, decode: int | None = None) -> None:
     Raises:
         ValueError: lists the first ten bad rows with path and reason, and how many there are.
     """
+    bad = faults(rows, decode)
+    if bad:
+        raise ValueError(listed(f"{len(bad)} of {len(rows)} rows cannot be used", list(bad.values())))
+
+
+def faults(rows: Rows, decode: int | None = None) -> dict[int, str]:
+    """Place -> what is wrong with the row, of the rows that cannot be used; see `check_rows`."""
     if not len(rows):
         raise ValueError("there are no rows; expected at least one")
-    bad: list[str] = []
-    if isinstance(rows, Prompted):
-        rows = rows.rows
+    rows = rows.rows if isinstance(rows, Prompted) else rows
     if not isinstance(rows, FileRows):
-        return
+        return {}
+    bad: dict[int, str] = {}
     files = _spread(len(rows), MAX_FILE_CHECKS)
     decoded = _spread(len(rows), rows.reader.decoded if decode is None else decode)
     for index, record in enumerate(rows.records):
@@ -308,9 +322,8 @@ def check_rows(rows: Rows, decode: int | None = None) -> None:
             else:
                 check_plain(path, where)
         except ValueError as error:
-            bad.append(str(error))
-    if bad:
-        raise ValueError(listed(f"{len(bad)} of {len(rows)} rows cannot be used", bad))
+            bad[index] = str(error)
+    return bad
 
 
 def _spread(total: int, wanted: int) -> set[int]:

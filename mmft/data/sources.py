@@ -1,6 +1,6 @@
 """Where rows come from: the built-in world, a data card (YAML), or a plain folder of files with captions.
 
-The files are pictures, clips or sounds. Whatever does not fit together is an error and nothing is dropped.
+The files are pictures, clips or sounds. Whatever does not fit together is an error; nothing is dropped unasked.
 
 Left out: data sets on the Hub (pass a ``datasets.Dataset`` to the trainer instead).
 """
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mmft.data.audio import Sounds
 from mmft.data.captions import Captions, read_captions, read_list
-from mmft.data.rows import PICTURES, FileRows, Prompted, Reader, Rows, check_rows, listed
+from mmft.data.rows import PICTURES, FileRows, Prompted, Reader, Rows, UsableRows, check_rows, listed
 from mmft.data.video import Clips
 from mmft.recipe_yaml import describe, load_document
 
@@ -86,6 +86,8 @@ def load_rows(
     prompt: str | None = None,
     clips: Clips | None = None,
     sounds: Sounds | None = None,
+    bad_rows: Literal["error", "skip"] = "error",
+    decode: int | None = None,
 ) -> Rows:
     """Rows of one split.
 
@@ -98,6 +100,8 @@ def load_rows(
         limit: the first so many rows only.
         prompt: replaces every row's prompt.
         clips, sounds: how the files of a data set of clips or sounds are read.
+        bad_rows: whether files that cannot be used are an error, or their rows left out (`UsableRows`).
+        decode: with "skip", how many files are decoded to find that out; None = as `check_rows` does.
 
     Raises:
         ValueError: naming the file, line, row or column that is missing or wrong, before any training. Every
@@ -111,9 +115,11 @@ def load_rows(
     if card.drawn is not None:
         return _prompted(_drawn(card.drawn, split, limit), prompt or card.prompt)
     reader = {"image": PICTURES, "video": (clips or Clips()).reader, "audio": (sounds or Sounds()).reader}[card.media]
-    rows = _card_rows(card, root, called, split, limit, reader)
+    rows = _prompted(_card_rows(card, root, called, split, limit, reader), prompt)
+    if bad_rows == "skip":
+        return UsableRows(rows, decode)
     check_rows(rows, decode=0)
-    return _prompted(rows, prompt)
+    return rows
 
 
 def _drawn(name: str, split: str, limit: int | None) -> Rows:

@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from mmft.data.containers import is_file, opened
-from mmft.data.rows import MAX_PIXELS, Reader
+from mmft.data.rows import Reader
 
 _RATE = 25  # frames a second of a file that tells neither times nor a rate
 
@@ -74,10 +74,6 @@ def open_clip(source: Any, where: str, frames: int = 8, max_side: int = 768) -> 
     if not is_file(source):
         return _thinned(source, where, frames)
     with opened(source, "video", where) as (file, stream):
-        if stream.width * stream.height > MAX_PIXELS:
-            raise ValueError(
-                f"{where} has {stream.width} x {stream.height} pixels, expected at most {MAX_PIXELS}; make it smaller"
-            )
         line = _timeline(file, stream, where)
     step = (line.end - line.stamps[0]) / Fraction(frames)
     places = [line.stamps[0] + step * (2 * i + 1) / 2 for i in range(frames)]

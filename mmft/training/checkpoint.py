@@ -1,165 +1,267 @@
-"""Adapter, value head and trainer state on disk.
+"""The whole state of a run as a checkpoint, and back.
 
-A checkpoint is written beside its place, described by a manifest of SHA-256 sums, and renamed into place, so that a
-folder named ``step-...`` is a whole one. Tensors are safetensors; nothing is pickled.
+adapter/                     plain PEFT, for everybody
+value_head.safetensors       the critic
+weights.safetensors          trained weights that are in neither, by their names in the policy
+optimizer.safetensors        its state; of a sharded optimizer each process keeps its part in its own file
+rank-00000.safetensors       random number generators of one process (and its part of a sharded optimizer)
+state.json                   step, KL coefficient, reward moments, guards, fingerprint, seconds
+before.json                  the evaluation before training
+manifest.json                SHA-256 of each
+
+The position in the data is no part of it: rows and draws are a function of seed and step. Tensors are safetensors,
+the rest JSON; nothing is pickled. How a folder gets to the disk whole is `transaction.py`'s business.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from mmft.evaluation.captioning import CaptionScores
+from mmft.training import distributed
+from mmft.training.evaluate import Evaluation
+from mmft.training.fingerprint import require_same
+from mmft.training.random_state import random_state, set_random_state
+from mmft.training.transaction import Damaged, failpoint, read_tensors, verify, write_tensors, write_text
 from mmft.vlm.policy import Policy
 
 if TYPE_CHECKING:
     from mmft.training.trainer import PPOTrainer
 
+# Attributes of the trainer with a state_dict of plain data.
+STATEFUL = ("kl", "reward_funcs", "guards")
+_HEAD = "value_head."
 
-def save_adapter(policy: Policy, folder: Path) -> None:
-    """``adapter/`` (plain PEFT; the whole model when there is no adapter) and ``value_head.safetensors``."""
+
+def save_adapter(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """``adapter/`` (plain PEFT; the whole model when there is no adapter) and ``value_head.safetensors``.
+
+    Args:
+        weights: the trained weights by name in the policy, where the policy itself may hold only parts of them.
+    """
     target = folder / ("adapter" if hasattr(policy.model, "peft_config") else "model")
     # Only what is trained: a learned reward may have lent the model an adapter of its own.
     chosen = {"selected_adapters": policy.model.active_adapters} if target.name == "adapter" else {}
+    if weights is not None and chosen:
+        chosen["state_dict"] = {name.removeprefix("model."): value for name, value in weights.items()}
     policy.model.save_pretrained(target, **chosen)
     (target / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the model card is the run's own
     if policy.value_head is not None:
-        head = {k: v.detach().contiguous().cpu() for k, v in policy.value_head.state_dict().items()}
+        state = {_HEAD + name: value for name, value in policy.value_head.state_dict().items()}
+        state |= {name: value for name, value in (weights or {}).items() if name.startswith(_HEAD)}
+        head = {name.removeprefix(_HEAD): v.detach().contiguous().cpu() for name, v in state.items()}
         save_file(head, folder / "value_head.safetensors")
 
 
 def save_checkpoint(trainer: PPOTrainer, step: int) -> Path:
-    """Writes ``checkpoints/step-XXXXXX`` whole or not at all. Every process may call it; the main one writes."""
-    final = trainer.run_dir / "checkpoints" / f"step-{step:06d}"
-    if trainer.accelerator.is_main_process:
-        working = final.with_name(f".writing-{final.name}")
-        shutil.rmtree(working, ignore_errors=True)
-        working.mkdir(parents=True)
-        save_adapter(trainer.policy, working)
-        if not hasattr(trainer.policy.model, "peft_config"):
-            # As the model holds them: a saved model has the Hub's names for its weights, which are others.
-            save_file(_trained(trainer.policy), working / "weights.safetensors")
-        tensors, plain = _flatten(trainer.optimizer.state_dict()["state"])
-        save_file(tensors, working / "optimizer.safetensors")
-        state = _identity(trainer) | {"step": step, "kl": trainer.kl.state_dict(), "optimizer": plain}
-        state |= {"rewards": trainer.reward_funcs.state_dict(), "guards": trainer.guards.state_dict()}
-        (working / "state.json").write_text(json.dumps(state))
-        files = {str(p.relative_to(working)): _sha256(p) for p in sorted(working.rglob("*")) if p.is_file()}
-        (working / "manifest.json").write_text(json.dumps({"step": step, "sha256": files}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(working, final)
-    trainer.accelerator.wait_for_everyone()
-    return final
-
-
-def load_checkpoint(trainer: PPOTrainer, where: str | Path | bool) -> int:
-    """Puts the trainer where a checkpoint left it; returns the number of steps done.
+    """Writes ``checkpoints/step-XXXXXX`` whole or not at all. Every process has to call it.
 
     Raises:
-        ValueError: there is no checkpoint, a file of it is missing or altered, or it is of another seed.
+        NotSaved: naming file and bytes, where the disk is full; the checkpoint before is untouched.
     """
-    folder = trainer.run_dir if where is True else Path(where)
-    if not (folder / "manifest.json").is_file():
-        folder = _latest(folder)
-    _verify(folder)
-    state = json.loads((folder / "state.json").read_text())
-    _require_same(trainer, state, folder)
-    model = trainer.policy.model
-    if hasattr(model, "peft_config"):
-        from peft import set_peft_model_state_dict
+    if trainer.saved_step == step:
+        return trainer.checkpoints.path(step)
+    with trainer.watchdog.phase("save", step):
+        return _save(trainer, step)
 
-        set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+
+def _save(trainer: PPOTrainer, step: int) -> Path:
+    accelerator = trainer.accelerator
+    weights = distributed.trained_weights(accelerator, trainer.prepared)
+    tensors, plain = distributed.optimizer_state(accelerator, trainer.optimizer)
+    sharded = distributed.optimizer_is_sharded(accelerator, trainer.optimizer)
+
+    def write(folder: Path) -> None:
+        if accelerator.is_main_process:
+            _write_weights(trainer.policy, weights, folder)
+            failpoint("first_file")
+            if not sharded:
+                write_tensors(folder / "optimizer.safetensors", tensors, plain)
+            failpoint("half_way")
+            write_text(folder / "state.json", json.dumps(_state(trainer, step, sharded)))
+            write_text(folder / "before.json", json.dumps(_evaluation_state(trainer.before)))
+        generators, words = random_state()
+        own = {f"optimizer/{name}": value for name, value in tensors.items()} if sharded else {}
+        words |= {"optimizer": plain} if sharded else {}
+        write_tensors(folder / _rank_file(accelerator.process_index), generators | own, words)
+        failpoint("shard")
+
+    best = trainer.guards.best_step
+    folder = trainer.checkpoints.save(step, write, keep=() if best is None else (best,))
+    trainer.saved_step = step
+    return folder
+
+
+def find_checkpoint(trainer: PPOTrainer, where: str | Path | bool) -> Path:
+    """The checkpoint to resume from, verified by the main process; the others take its word.
+
+    Args:
+        where: True for the newest whole one of the run folder; another run folder for the newest of that; or a
+            checkpoint, which is taken or refused.
+
+    Raises:
+        ValueError: there is none, or none is whole.
+    """
+    said: list[str | None] = [None, None]
+    if trainer.accelerator.is_main_process:
+        try:
+            said[0] = str(_find(trainer, trainer.run_dir if where is True else Path(where)))
+        except ValueError as error:
+            said[1] = str(error)
+    broadcast_object_list(said)
+    if said[0] is None:
+        raise ValueError(said[1])
+    return Path(said[0])
+
+
+def _find(trainer: PPOTrainer, place: Path) -> Path:
+    if not (place / "checkpoints").is_dir() and place != trainer.run_dir:
+        verify(place)
+        return place
+    found = trainer.checkpoints_of(place).latest()
+    if found is None:
+        raise ValueError(f"nothing to resume: {place / 'checkpoints'} holds no checkpoint")
+    return found
+
+
+def load_checkpoint(trainer: PPOTrainer, folder: Path) -> int:
+    """Puts the trainer where a checkpoint left it; returns the number of steps done. Every process has to call it.
+
+    Raises:
+        ValueError: a file is missing or altered, or it is of another run (see `fingerprint`).
+    """
+    files = set(verify(folder))
+    for name in ("state.json", "before.json"):
+        if name not in files:
+            raise Damaged(f"{folder} is no checkpoint of a run: {name} is missing")
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    require_same(state["fingerprint"], trainer.fingerprint, str(folder), trainer.allow_change)
+    accelerator = trainer.accelerator
+    distributed.load_trained_weights(accelerator, trainer.prepared, _read_weights(trainer.policy, folder, files))
+    rank = _rank_file(accelerator.process_index)
+    generators, words = read_tensors(folder / rank) if rank in files else ({}, {})  # a process that was not there then
+    if distributed.optimizer_is_sharded(accelerator, trainer.optimizer) != state["sharded"]:
+        raise ValueError(f"{folder}: the state of its optimizer fits engine {state['fingerprint']['engine']} alone")
+    if state["sharded"]:
+        if state["fingerprint"]["world_size"] != accelerator.num_processes:
+            raise ValueError(f"{folder}: its optimizer is in {state['fingerprint']['world_size']} parts")
+        own = {n.removeprefix("optimizer/"): v for n, v in generators.items() if n.startswith("optimizer/")}
+        distributed.load_optimizer_state(accelerator, trainer.optimizer, own, words["optimizer"])
     else:
-        _put_back(trainer.policy, load_file(folder / "weights.safetensors"), folder)
-    if trainer.policy.value_head is not None:
-        trainer.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
-    optimizer = trainer.optimizer.state_dict()
-    optimizer["state"] = _unflatten(load_file(folder / "optimizer.safetensors"), state["optimizer"])
-    trainer.optimizer.load_state_dict(optimizer)
-    trainer.kl.load_state_dict(state["kl"])
-    trainer.reward_funcs.load_state_dict(state["rewards"])
-    trainer.guards.load_state_dict(state["guards"])
+        distributed.load_optimizer_state(
+            accelerator, trainer.optimizer, *read_tensors(folder / "optimizer.safetensors")
+        )
+    for name in STATEFUL:
+        getattr(trainer, name).load_state_dict(state["parts"][name])
+    trainer.seconds_before = state["seconds"]
+    trainer.before = _evaluation(json.loads((folder / "before.json").read_text(encoding="utf-8")))
+    if generators:
+        set_random_state(generators, words)
     return int(state["step"])
 
 
-def _identity(trainer: PPOTrainer) -> dict[str, Any]:
-    """What a checkpoint and the run that resumes it must have in common."""
-    adapters = getattr(trainer.policy.model, "peft_config", {})
-    trained = [adapters[name] for name in trainer.policy.model.active_adapters] if adapters else []
-    shapes = {n: list(p.shape) for n, p in trainer.policy.named_parameters() if p.requires_grad}
+def host_state(trainer: PPOTrainer) -> dict[str, Any]:
+    """What a step changes before it changes any weight; `restore_host_state` takes it back."""
+    return {"rewards": trainer.reward_funcs.state_dict(), "random": random_state()}
+
+
+def restore_host_state(trainer: PPOTrainer, state: dict[str, Any]) -> None:
+    trainer.reward_funcs.load_state_dict(state["rewards"])
+    set_random_state(*state["random"])
+
+
+def _state(trainer: PPOTrainer, step: int, sharded: bool) -> dict[str, Any]:
     return {
-        "seed": trainer.config.seed,
-        "critic": trainer.config.critic,
-        "prompts_per_step": trainer.config.prompts_per_step,
-        "lora_rank": [config.r for config in trained],
-        "trained_weights": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16],
+        "step": step,
+        "fingerprint": trainer.fingerprint,
+        "parts": {name: getattr(trainer, name).state_dict() for name in STATEFUL},
+        "sharded": sharded,
+        "seconds": trainer.seconds(),
     }
 
 
-def _require_same(trainer: PPOTrainer, state: dict[str, Any], folder: Path) -> None:
-    for name, value in _identity(trainer).items():
-        if state.get(name) != value:
-            raise ValueError(f"{folder}: made with {name} {state.get(name)}, this run has {name} {value}")
+# ---------------------------------------------------------------- weights
 
 
-def _trained(policy: Policy) -> dict[str, torch.Tensor]:
-    return {n: p.detach().contiguous().cpu() for n, p in policy.model.named_parameters() if p.requires_grad}
+def _adapter_names(policy: Policy) -> dict[str, str]:
+    """Name in the adapter's file -> name in the policy, as PEFT itself translates them."""
+    if not hasattr(policy.model, "peft_config"):
+        return {}
+    from peft import get_peft_model_state_dict
+
+    names = [n for n, p in policy.named_parameters() if p.requires_grad and not n.startswith(_HEAD)]
+    numbered = {name.removeprefix("model."): torch.tensor(i) for i, name in enumerate(names)}
+    kept = get_peft_model_state_dict(
+        policy.model, numbered, policy.model.active_adapters[0], save_embedding_layers=False
+    )
+    return {saved: names[int(number)] for saved, number in kept.items()}
 
 
-def _put_back(policy: Policy, saved: dict[str, torch.Tensor], folder: Path) -> None:
-    parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-    if odd := sorted(saved.keys() ^ parameters.keys()):
-        raise ValueError(f"{folder / 'weights.safetensors'} is of another model: {len(odd)} names differ, as {odd[0]}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+def _write_weights(policy: Policy, weights: dict[str, Tensor], folder: Path) -> None:
+    inside = set(_adapter_names(policy).values())
+    if inside:
+        save_adapter(policy, folder, weights)
+    elif policy.value_head is not None:
+        head = {n.removeprefix(_HEAD): v for n, v in weights.items() if n.startswith(_HEAD)}
+        write_tensors(folder / "value_head.safetensors", head)
+    rest = {n: v for n, v in weights.items() if n not in inside and not n.startswith(_HEAD)}
+    if rest:
+        write_tensors(folder / "weights.safetensors", rest)
 
 
-def _latest(run_dir: Path) -> Path:
-    found = sorted((run_dir / "checkpoints").glob("step-*"))
-    if not found:
-        raise ValueError(f"nothing to resume: {run_dir / 'checkpoints'} holds no checkpoint")
-    return found[-1]
+def _read_weights(policy: Policy, folder: Path, files: set[str]) -> dict[str, Tensor]:
+    """Every trained weight by its name in the policy. Raises ValueError when some are missing or too many."""
+    found: dict[str, Tensor] = {}
+    if "adapter/adapter_model.safetensors" in files:
+        names = _adapter_names(policy)
+        saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        found |= {names.get(name, name): value for name, value in saved.items()}
+    if "value_head.safetensors" in files:
+        found |= {_HEAD + n: v for n, v in load_file(folder / "value_head.safetensors").items()}
+    if "weights.safetensors" in files:
+        found |= load_file(folder / "weights.safetensors")
+    wanted = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    if odd := sorted(found.keys() ^ wanted):
+        raise ValueError(f"{folder} is of another model: {len(odd)} names of trained weights differ, as {odd[0]}")
+    return found
 
 
-def _verify(folder: Path) -> None:
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        raise ValueError(f"{folder} is no whole checkpoint: manifest.json is missing")
-    for name, digest in json.loads(manifest.read_text())["sha256"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing from the checkpoint")
-        if _sha256(path) != digest:
-            raise ValueError(f"{path} was altered: its SHA-256 is not the manifest's; take another checkpoint")
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# ---------------------------------------------------------------- the evaluation before training
 
 
-def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Optimizer state -> tensors by "parameter/name", and what is not a tensor."""
-    tensors, plain = {}, {}
-    for index, values in state.items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}/{name}"] = value.detach().contiguous().cpu()
-            else:
-                plain[f"{index}/{name}"] = value
-    return tensors, plain
-
-
-def _unflatten(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in (tensors | plain).items():
-        index, name = key.split("/", 1)
-        state.setdefault(int(index), {})[name] = value
+def _evaluation_state(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    metrics = evaluation.metrics
+    state = {"texts": evaluation.texts, "metrics": {name: _numbers(values) for name, values in metrics.items()}}
+    if isinstance(metrics, CaptionScores):
+        captions = {"signatures": metrics.signatures, "word_pairs": metrics.word_pairs}
+        state["captions"] = captions | {"bleu_counts": metrics.bleu_counts.tolist()}
     return state
+
+
+def _evaluation(state: dict[str, Any] | None) -> Evaluation | None:
+    if state is None:
+        return None
+    metrics = {name: np.array(values, dtype=np.float64) for name, values in state["metrics"].items()}
+    if captions := state.get("captions"):
+        metrics = CaptionScores(metrics)
+        metrics.signatures, metrics.bleu_counts = captions["signatures"], np.array(captions["bleu_counts"])
+        metrics.word_pairs = [[tuple(pair) for pair in pairs] for pairs in captions["word_pairs"]]
+    return Evaluation(state["texts"], metrics)
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]

@@ -3,7 +3,8 @@
 A policy that has found a fault of its reward shows it in the text long before anybody reads a sample: captions that
 break off, grow, shrink or repeat themselves, one part of the reward that crowds out the others, a reward that rises
 while held-out metrics fall, or that is earned as well without the picture. A guard only compares numbers that the
-step has computed anyway (means over all processes, so every process comes to the same answer).
+step has computed anyway (means over all processes, so every process comes to the same answer). Beside them it tells
+the spikes of the gradient, which the update has found (see `mmft.training.spikes`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from mmft.training.spikes import Spikes
 
 ACTIONS = ("log", "stop", "rollback")
 _SMOOTHED = 3  # steps that are averaged: a small batch is noisy
@@ -71,12 +74,16 @@ class Guards:
     """Watches a run. `look` once a step, `held_out` once an evaluation; both return the alarms that begin there.
 
     A guard speaks when its number leaves the range, and again only after it has come back.
+
+    Args:
+        guards: name -> limit and action.
+        skip_spikes: so many times the usual gradient is not learned from; None = it is, and told all the same.
     """
 
-    def __init__(self, guards: Mapping[str, Guard]):
+    def __init__(self, guards: Mapping[str, Guard], skip_spikes: float | None = None):
         if odd := sorted(set(guards) - set(LIMITS)):
             raise ValueError(f"unknown guard {odd[0]!r}: expected one of {', '.join(LIMITS)}")
-        self.guards = dict(guards)
+        self.guards, self.spikes = dict(guards), Spikes(skip_spikes)
         self.best_step: int | None = None
         self._best: tuple[float, float | None] | None = None  # held-out metric at its best, training reward then
         self._worse = 0
@@ -110,6 +117,7 @@ class Guards:
                 metrics.get("blank_picture"),
                 "{:.0%} of blank pictures earn as much as true ones",
             ),
+            self._spike(step, metrics),
         ]
         return [alarm for alarm in found if alarm]
 
@@ -142,6 +150,7 @@ class Guards:
             "first": self._first,
             "recent": list(self._recent),
             "speaking": sorted(self._speaking),
+            "spikes": self.spikes.state_dict(),
             "alarms": [alarm.as_dict() for alarm in self.alarms],
         }
 
@@ -150,6 +159,7 @@ class Guards:
         self._best = tuple(state["best"]) if state["best"] else None
         self._first, self._speaking = list(state["first"]), set(state["speaking"])
         self._recent = deque(state["recent"], maxlen=_SMOOTHED)
+        self.spikes.load_state_dict(state["spikes"])
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
 
     def forget_best(self) -> None:
@@ -177,6 +187,16 @@ class Guards:
             return None, ""
         largest = max(shares, key=lambda name: shares[name])
         return shares[largest], f"{largest} makes {{:.0%}} of the reward's spread"
+
+    def _spike(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
+        """Every spike is told: each is an event of its own."""
+        if not metrics.get("spike"):
+            return None
+        done = "not learned from" if self.spikes.skips else "learned from all the same; train.skip_spikes skips such"
+        ratio, limit = metrics["spike_ratio"], self.spikes.limit
+        text = f"a gradient {ratio:.0f} times as long as usual (limit {limit:g}), {done}"
+        self.alarms.append(Alarm("spike", step, ratio, limit, "skip" if self.spikes.skips else "log", text))
+        return self.alarms[-1]
 
     def _compare(self, name: str, step: int, value: float | None, text: str) -> Alarm | None:
         guard = self.guards.get(name)

@@ -152,21 +152,22 @@ def plan_memory(
 
 def _phases(recipe, config, policy, trace, rows, base, ranks, zero, device) -> list[Phase]:
     weights, loading = _weights(recipe, policy, device)
-    trained = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
-    added = 0 if recipe.model.tune == "full" else trained  # adapters; of a full model they are the weights themselves
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    trained = sum(p.nbytes for p in trainable)
+    # Adapters, connectors trained beside the original; of a model itself they are its weights.
+    added = trained if hasattr(policy.model, "peft_config") else 0
     if zero == 3:
         element = policy.model.dtype.itemsize
         weights = weights // ranks + min(weights, _ZERO3_LIVE * element)
     kept = trace.features * (min(rows, config.max_steps * config.prompts_per_step) // ranks)
     kept = min(kept, config.cache_bytes) if policy.tower_frozen else 0
     phases = [Phase("load", base, loading, added)]
-    factor = heap_factor() if device == "cpu" else 1.0
+    factor = heap_factor(recipe) if device == "cpu" else 1.0
     largest = max(segment.small for segment in trace.segments)
     kept_heap = int(largest * factor * _KEPT) if factor > 1 else 0
     for segment in trace.segments:
         held = segment.peak
-        state = held.get("optimizer", 0)
-        state = _share(state, trained, ranks, zero)
+        state = _share(held.get("gradients", 0), _moments(config.optimizer, trainable), trained, ranks, zero)
         activations, logits = held.get("activations", 0), held.get("logits", 0)
         cache = kept
         if segment.phase in ("rollout", "evaluation"):
@@ -183,42 +184,41 @@ def _weights(recipe, policy: Policy, device: str) -> tuple[int, int]:
     """Bytes of weights that are there in training, and the most while they are loaded.
 
     On a CPU, safetensors maps the file into memory. Weights of the file's own dtype stay such mapped pages, which are
-    read when first used; converted ones are copies, and the mapping goes when all are made. A quantised model is
-    both: copies of its linear layers, and pages of a file that stays mapped because the rest still lies in it.
+    read when first used; converted ones are copies, and the mapping goes when all are made. A quantised model is read
+    tensor by tensor instead.
     """
     own = {id(p): p for p in policy.model.parameters()}
-    adapters = sum(p.nbytes for n, p in policy.model.named_parameters() if "lora_" in n)
-    weights = sum(p.nbytes for p in own.values()) - adapters
-    reference = sum(p.nbytes for other in policy._reference for p in other.parameters())
+    added = [p for p in own.values() if p.requires_grad] if hasattr(policy.model, "peft_config") else []
+    weights = sum(p.nbytes for p in own.values()) - sum(p.nbytes for p in added)
+    copied = {id(p): p for other in policy._reference for p in other.parameters() if id(p) not in own}
+    reference = sum(p.nbytes for p in copied.values())
+    dtype = checkpoint_dtype(policy.model.config)
+    if recipe.model.quantize:
+        largest = max(p.numel() for p in own.values() if p.dtype != torch.uint8) * dtype.itemsize
+        return weights, weights + largest
     if device != "cpu":
         return weights + reference, weights + reference
-    dtype = checkpoint_dtype(policy.model.config)
-    count = weights // policy.model.dtype.itemsize if not recipe.model.quantize else _full_count(policy)
-    file = count * dtype.itemsize
-    mapped = dtype == (policy.head.weight.dtype if recipe.model.quantize else policy.model.dtype)
-    if recipe.model.quantize and mapped:
-        quantised = sum(p.nbytes for p in own.values() if p.dtype == torch.uint8)
-        whole = sum(p.numel() for p in own.values() if p.dtype != torch.uint8) - adapters // 4
-        return file + quantised, file + quantised - whole * dtype.itemsize  # the rest is read later
-    if mapped:
-        return weights + reference, 2 * reference  # a copy for reference reads them all
-    return weights + reference, weights + reference + file
+    if dtype == policy.model.dtype:
+        return weights + reference, 2 * reference  # a copy for reference reads what it copies
+    count = weights // policy.model.dtype.itemsize
+    return weights + reference, weights + reference + count * dtype.itemsize
 
 
-def _full_count(policy: Policy) -> int:
-    """Numbers in the checkpoint of a quantised model."""
-    layers = {id(m.weight): m.in_features * m.out_features for m in policy.model.modules() if hasattr(m, "full")}
-    return sum(layers.get(id(p), p.numel()) for n, p in policy.model.named_parameters() if "lora_" not in n)
+def _moments(optimizer: str, trainable: list[torch.nn.Parameter]) -> int:
+    """Bytes of an optimizer's moments. In 8 bits they have a scale for each 256, and small weights keep 32 bits."""
+    if optimizer == "sgd":
+        return 0
+    if optimizer == "adamw":
+        return 2 * sum(p.nbytes for p in trainable)
+    return sum(2 * (p.numel() + p.numel() // 64 if p.numel() >= 4096 else p.nbytes) for p in trainable)
 
 
-def _share(state: int, trained: int, ranks: int, zero: int) -> int:
-    """Gradients and moments of one rank, of ``state`` bytes: moments alone (2 per weight) or gradients as well."""
-    moments = min(state, 2 * trained)
-    gradients = state - moments
+def _share(gradients: int, moments: int, trained: int, ranks: int, zero: int) -> int:
+    """Gradients and moments of one rank."""
     if ranks == 1:
-        return state
+        return gradients + moments
     if zero == 0:
-        return state + trained  # DDP's buckets are a copy of the gradients
+        return gradients + moments + trained  # DDP's buckets are a copy of the gradients
     return moments // ranks + (gradients if zero == 1 else gradients // ranks)
 
 
@@ -233,7 +233,7 @@ def _cache_bytes(policy: Policy) -> int:
 def _advice(recipe, config: PPOConfig, policy: Policy, peak: Phase, ranks: int, device: str) -> list[tuple[str, int]]:
     """What lowers the peak, the most first."""
     found: list[tuple[str, int]] = []
-    heap = heap_factor() if device == "cpu" else 1.0
+    heap = heap_factor(recipe) if device == "cpu" else 1.0
     share = config.prompts_per_step // ranks
     micro = min(config.micro_prompts or share, share // config.num_mini_batches)
     if peak.name == "update":
@@ -251,8 +251,8 @@ def _advice(recipe, config: PPOConfig, policy: Policy, peak: Phase, ranks: int, 
         found.append(("model.tune=lora", peak.weights // 2 + peak.optimizer))
     if policy.model.dtype == torch.float32 and not recipe.model.quantize:
         found.append(("model.dtype=bfloat16", (peak.weights + peak.activations) // 2))
-    if device != "cpu" and not recipe.model.quantize and recipe.model.tune == "lora":
-        found.append(("model.quantize=nf4", int(peak.weights * 0.6)))
+    if not recipe.model.quantize and recipe.model.tune in ("lora", "hybrid"):
+        found.append(("model.quantize=nf4", int(peak.weights * 0.6) + peak.slack))
     if config.cache_bytes and peak.cache > 64 * MIB:
         found.append(("model.picture_cache.memory_mib=0", peak.cache))
     if heap > 1 and peak.slack > peak.total // 10:
@@ -260,8 +260,10 @@ def _advice(recipe, config: PPOConfig, policy: Policy, peak: Phase, ranks: int, 
     return sorted((f for f in found if f[1] > MIB), key=lambda f: -f[1])
 
 
-def heap_factor() -> float:
-    """1 where the environment has the C library map every large block by itself."""
+def heap_factor(recipe) -> float:
+    """1 where the C library maps every large block by itself: asked by the environment, or by a quantised model."""
+    if recipe.model.quantize:
+        return 1.0
     return 1.0 if int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 1 << 30)) <= _MAPPED else _HEAP
 
 

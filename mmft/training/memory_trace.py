@@ -30,8 +30,9 @@ from mmft.training.critic import fit_critic
 from mmft.training.update import update
 from mmft.vlm import attention as engine_attention
 from mmft.vlm.generate import generate
-from mmft.vlm.load import _IN_FULL, DTYPES, build_policy, lora_config, resolve
+from mmft.vlm.load import DTYPES, build_policy, resolve, tune
 from mmft.vlm.policy import Policy
+from mmft.vlm.quantised import IN_FULL
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 # Decoding is alike from token to token but for the cache, which `memory.py` adds: so few are enough.
@@ -45,8 +46,8 @@ class Segment:
 
     Attributes:
         phase: of the plan.
-        peak: kind ("activations", "logits", "optimizer") -> bytes held when the sum was highest.
-        small: how many of those bytes lay in blocks below `HEAP_BLOCK`, the optimizer's not counted.
+        peak: kind ("activations", "logits", "gradients") -> bytes held when the sum was highest.
+        small: how many of those bytes lay in blocks below `HEAP_BLOCK`, gradients not counted.
     """
 
     phase: str
@@ -93,7 +94,7 @@ class Ghosts(TorchDispatchMode):
         old, size = self._known.get(key, (kind, 0))
         self.live[old] -= size
         self.live[kind] += size
-        if kind == "optimizer" != old and size < HEAP_BLOCK:
+        if kind == "gradients" != old and size < HEAP_BLOCK:
             self._small -= size
         self._known[key] = kind, size
 
@@ -117,7 +118,7 @@ class Ghosts(TorchDispatchMode):
         del self._dying[key]
         self.live[kind] -= size
         self._now -= size
-        if kind != "optimizer" and size < HEAP_BLOCK:
+        if kind != "gradients" and size < HEAP_BLOCK:
             self._small -= size
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -242,23 +243,22 @@ def ghost_policy(recipe, device: str = "cpu") -> Policy:
 
     folder, options = resolve(recipe.model.name), recipe.model
     try:
-        config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        trust = {"trust_remote_code": options.trust_remote_code}
+        config, processor = (auto.from_pretrained(folder, **trust) for auto in (AutoConfig, AutoProcessor))
         with META:
-            model = AutoModelForMultimodalLM.from_config(config, dtype=working_dtype(recipe, config, device))
+            model = AutoModelForMultimodalLM.from_config(config, dtype=working_dtype(recipe, config, device), **trust)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise ValueError(
             f"model.name: no plan without configuration and processor of {options.name!r}: {str(error).splitlines()[0]}"
         ) from error
     if options.quantize:
         for name, layer in list(model.named_modules()):
-            if type(layer) is nn.Linear and not any(re.match(pattern, name) for pattern in _IN_FULL):
+            if type(layer) is nn.Linear and not any(re.match(pattern, name) for pattern in IN_FULL):
                 model.set_submodule(name, QuantisedLinear(layer, options.quantize))
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()  # as peft.prepare_model_for_kbit_training does
-    lora = options.lora
-    adapters = lora_config(model, lora.r, lora.alpha, lora.dropout, lora.target) if options.tune == "lora" else None
+        model.requires_grad_(False)
+        if options.lora.dora:  # which makes the whole weight of a layer in every pass: here it counts as plain LoRA
+            options = options.model_copy(update={"lora": options.lora.model_copy(update={"dora": False})})
+    adapters = tune(model, options)
     reads = recipe.algorithm.kl_coef > 0
     policy = build_policy(model, processor, adapters, options.critic, needs_reference=reads, cache_bytes=0)
     if recipe.train.gradient_checkpointing:
@@ -335,7 +335,7 @@ def trace_step(policy: Policy, config: PPOConfig, prompt: PromptBatch, prompts: 
     for reference in policy._reference:
         ghosts.ignore([*reference.parameters(), *reference.buffers()])
     for parameter in trainable:
-        parameter.register_post_accumulate_grad_hook(lambda p: ghosts.tag(p.grad, "optimizer"))
+        parameter.register_post_accumulate_grad_hook(lambda p: ghosts.tag(p.grad, "gradients"))
     group, length = config.num_generations, config.max_completion_length
     decoded = min(_DECODED, length)
     known = torch.is_autocast_enabled  # knows no device "meta"
@@ -350,14 +350,7 @@ def trace_step(policy: Policy, config: PPOConfig, prompt: PromptBatch, prompts: 
         mock.patch.object(engine_attention, "scaled_dot_product_attention", _fused_attention),
         ghosts,
     ):
-        optimizer = torch.optim.AdamW(trainable, lr=1e-4)
-        for parameter in trainable:  # the first step is behind us: its moments stay
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for state in optimizer.state.values():
-            for tensor in state.values():
-                ghosts.tag(tensor, "optimizer")
+        optimizer = torch.optim.SGD(trainable, lr=1e-4)  # without moments, which are counted in `memory.py`
         with ghosts.phase("encode"), torch.no_grad():
             batch = _copies(prompt, prompts)
             policy.features(batch)

@@ -23,7 +23,8 @@ from rich.table import Table
 from mmft.evaluation.captioning import metric_info
 from mmft.training.guards import Alarm
 
-TRACKERS = ("tensorboard",)
+LEDGER = "ledger"
+TRACKERS = ("tensorboard", LEDGER)
 # What the progress bar shows: key of the metrics -> label and number format.
 SHOWN = {
     "reward": ("reward", ".3f"),
@@ -41,7 +42,8 @@ class Monitor:
         run_dir: the run folder; made where missing.
         total_steps: steps of the whole run, those before a resume included.
         is_main: False = do nothing.
-        trackers: names from ``TRACKERS`` beside ``metrics.jsonl``.
+        trackers: names from ``TRACKERS`` beside ``metrics.jsonl``: "tensorboard", and "ledger" for ``ledger.jsonl``,
+            a line per response with its step, row and a hash of its tokens.
         progress: show a bar on a terminal, and a plain line every 5 % of the steps elsewhere.
         resume_step: continue after this step: lines past it leave ``metrics.jsonl``. None = a new run, which starts
             the file anew.
@@ -63,7 +65,7 @@ class Monitor:
             if name not in TRACKERS:
                 raise ValueError(f"unknown tracker {name!r}: expected one of {', '.join(TRACKERS)}")
         self.is_main, self.total_steps = is_main, total_steps
-        self._file, self._writer, self._bar = None, None, None
+        self._file, self._ledger, self._writer, self._bar = None, None, None, None
         if not is_main:
             return
         self.run_dir = run_dir = Path(run_dir)
@@ -77,6 +79,9 @@ class Monitor:
         _keep_lines_until(path, done)
         _keep_lines_until(run_dir / "alarms.jsonl", done)
         self._file = path.open("a", encoding="utf-8")
+        if LEDGER in trackers:
+            _keep_lines_until(run_dir / "ledger.jsonl", done)
+            self._ledger = (run_dir / "ledger.jsonl").open("a", encoding="utf-8")
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter  # costs a second; not every run wants it
 
@@ -99,19 +104,32 @@ class Monitor:
         # A run that dies would leave the terminal without a cursor.
         atexit.register(self.close)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one step down everywhere. Not-a-number and infinity become null in the file."""
+    def log(self, step: int, metrics: Mapping[str, float], written: Sequence[tuple[str, str]] = ()) -> None:
+        """Writes one step down everywhere. Not-a-number and infinity become null in the file.
+
+        Args:
+            written: row id and hash of each response, for the ledger.
+        """
         if not self.is_main:
             return
         numbers = {name: _number(value) for name, value in metrics.items()}
         line = json.dumps({"step": int(step)} | {k: v for k, v in numbers.items() if k != "step"}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
+        if self._ledger is not None:
+            self._ledger.writelines(json.dumps({"step": step, "row": row, "sha": sha}) + "\n" for row, sha in written)
+            self._ledger.flush()
         if self._writer is not None:
             for name, value in numbers.items():
                 if value is not None and name != "step":
                     self._writer.add_scalar(name, value, step)
         self._show(step, numbers)
+
+    def sync(self) -> None:
+        """Forces the lines written so far to the disk, ahead of a checkpoint that takes them for granted."""
+        for file in (self._file, self._ledger):
+            if file is not None:
+                os.fsync(file.fileno())
 
     def alarms(self, alarms: Sequence[Alarm]) -> None:
         """Shows what the guards have to say, above the progress bar, and keeps it in ``alarms.jsonl``."""
@@ -168,11 +186,10 @@ class Monitor:
     def close(self) -> None:
         """Ends the progress bar and closes the files. May be called twice."""
         self._stop_bar()
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-        self._file, self._writer = None, None
+        for open_one in (self._file, self._ledger, self._writer):
+            if open_one is not None:
+                open_one.close()
+        self._file, self._ledger, self._writer = None, None, None
         atexit.unregister(self.close)
 
     def _show(self, step: int, numbers: Mapping[str, float | None]) -> None:

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mmft.data.preferences import PICTURE_KINDS
 from mmft.recipe_preference import PreferenceRecipe
+from mmft.training.interrupts import Interrupted, Interrupts
 from mmft.training.preference_pairs import OTHER, SPLITS, Examples, as_ratings, gather
 from mmft.training.run import plain_errors
+from mmft.training.transaction import Checkpoints
 from reward_models.preference.calibration import (
     accuracy,
     expected_calibration_error,
@@ -30,8 +35,15 @@ from reward_models.preference.calibration import (
 from reward_models.preference.pairs import Pair, Rating
 
 
-def run_preference(recipe: PreferenceRecipe) -> dict[str, Any]:
-    """Trains and reports; prints a table, returns what ``summary.json`` holds. Errors of users end the process."""
+def run_preference(recipe: PreferenceRecipe, resume: bool = False) -> dict[str, Any]:
+    """Trains and reports; prints a table, returns what ``summary.json`` holds. Errors of users end the process.
+
+    Args:
+        resume: go on from the newest whole checkpoint of an unfinished training in ``output.dir``.
+
+    Raises:
+        Interrupted: after a SIGTERM or SIGINT, once the state is saved.
+    """
     refuse_several_processes()
     from mmft.vlm.load import resolve
     from reward_models.preference.folder import check_folder
@@ -41,44 +53,87 @@ def run_preference(recipe: PreferenceRecipe) -> dict[str, Any]:
     began = time.time()
     output = Path(recipe.output.dir)
     with plain_errors():
+        fresh = output / ".head"  # where the head is saved whole before its files go to their places
+        put_in_place(fresh, output)
         check_folder(output)  # before the pairs are made, which may take a while
         data = gather(recipe)
         print(", ".join(f"{len(data[split])} {split}" for split in SPLITS) + f" pairs in {time.time() - began:.0f} s")
         backbone, head, loss, train = recipe.backbone, recipe.head, recipe.loss, recipe.train
-        trained = train_preference(
-            as_ratings(data["train"]) if loss.name == "mse" else data["train"],
-            output,
-            calibration=[pair for pair in data["validation"] if isinstance(pair, Pair)],
-            backbone=resolve(backbone.name),
-            backbone_name=backbone.name,
-            lora=backbone.lora.r if backbone.tune == "lora" else 0,
-            lora_target=backbone.lora.target,
-            quantize=backbone.quantize,
-            dtype=backbone.dtype,
-            gradient_checkpointing=backbone.gradient_checkpointing,
-            fusion=head.fusion,
-            heads=head.heads,
-            width=head.width,
-            dropout=head.dropout,
-            margin_scale=loss.margin,
-            label_smoothing=loss.label_smoothing,
-            steps=train.steps,
-            batch_size=train.batch_size,
-            learning_rate=train.learning_rate,
-            head_learning_rate=train.head_learning_rate,
-            weight_decay=train.weight_decay,
-            warmup=train.warmup,
-            max_grad_norm=train.max_grad_norm,
-            seed=recipe.seed,
-        )
+        with Interrupts() as interrupts:
+            saver = KeepState(Checkpoints(output / ".checkpoints"), train.save_every, interrupts, resume)
+            trained = train_preference(
+                as_ratings(data["train"]) if loss.name == "mse" else data["train"],
+                fresh,
+                saver=saver,
+                calibration=[pair for pair in data["validation"] if isinstance(pair, Pair)],
+                backbone=resolve(backbone.name),
+                backbone_name=backbone.name,
+                lora=backbone.lora.r if backbone.tune == "lora" else 0,
+                lora_target=backbone.lora.target,
+                quantize=backbone.quantize,
+                dtype=backbone.dtype,
+                gradient_checkpointing=backbone.gradient_checkpointing,
+                fusion=head.fusion,
+                heads=head.heads,
+                width=head.width,
+                dropout=head.dropout,
+                margin_scale=loss.margin,
+                label_smoothing=loss.label_smoothing,
+                steps=train.steps,
+                batch_size=train.batch_size,
+                learning_rate=train.learning_rate,
+                head_learning_rate=train.head_learning_rate,
+                weight_decay=train.weight_decay,
+                warmup=train.warmup,
+                max_grad_norm=train.max_grad_norm,
+                seed=recipe.seed,
+            )
+        put_in_place(fresh, output)
     recipe.dump(output / "recipe.yaml")
     reward = PreferenceReward.load(output, backbone=resolve(backbone.name))
     summary = {"examples": {split: len(data[split]) for split in SPLITS}, "training": trained}
     summary |= report(reward, data["train"], data["test"], data.get(OTHER, []))
     summary |= {"heads": recipe.head.heads, "signature": reward.signature, "seconds": round(time.time() - began, 1)}
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
+    saver.checkpoints.clear()
     print_table(summary)
     return summary
+
+
+@dataclass
+class KeepState:
+    """Checkpoints of a preference head on its way: every so many steps, and when a signal asks the training to end."""
+
+    checkpoints: Checkpoints
+    every: int
+    interrupts: Interrupts
+    resume: bool
+
+    def due(self, step: int) -> bool:
+        return bool(self.interrupts.asked() or (self.every and step % self.every == 0))
+
+    def save(self, step: int, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        self.checkpoints.save_state(step, tensors, plain)
+        if number := self.interrupts.asked():
+            print(f"the training of the head ended after step {step}; go on by --resume", flush=True)
+            raise Interrupted(number)
+
+    def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        if not self.resume:
+            self.checkpoints.clear()
+            return None
+        found = self.checkpoints.latest_state()
+        if found is None:
+            raise ValueError(f"nothing to resume: {self.checkpoints.folder} holds no checkpoint")
+        return found
+
+
+def put_in_place(fresh: Path, output: Path) -> None:
+    """Copies a head that was saved whole over whatever is in its folder; a process killed meanwhile does it again."""
+    if (fresh / "preference.json").is_file():
+        shutil.rmtree(output / "adapter", ignore_errors=True)  # of an earlier head; the new one may have none
+        shutil.copytree(fresh, output, dirs_exist_ok=True)
+    shutil.rmtree(fresh, ignore_errors=True)
 
 
 def refuse_several_processes() -> None:

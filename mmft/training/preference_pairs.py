@@ -85,7 +85,7 @@ def _rows(recipe: PreferenceRecipe, split: str) -> list[Pair | Rating]:
     return read_pairs(rows, pairs.prompt or PROMPT, root, f"{pairs.name} ({split})")
 
 
-def _open_rows(name: str, split: str, images: str | None) -> tuple[Any, Path]:
+def _open_rows(name: str, split: str, images: str | None) -> tuple[Any, Path | None]:
     """Rows of a .jsonl file, a folder with SPLIT.jsonl, a saved data set or the Hub; and the pictures' folder."""
     path = Path(name).expanduser()
     file = path if path.is_file() else path / f"{split}.jsonl"
@@ -110,7 +110,8 @@ def _open_rows(name: str, split: str, images: str | None) -> tuple[Any, Path]:
             f"set, and could not be had from the Hub: {said}"
         ) from error
     if isinstance(rows.features.get("image"), datasets.Image):
-        rows = rows.cast_column("image", datasets.Image(decode=False))  # bytes, opened when they are looked at
+        # Bytes, opened when they are looked at, or absolute paths that the library has made.
+        return rows.cast_column("image", datasets.Image(decode=False)), None
     return rows, Path(images).expanduser() if images else path if path.is_dir() else Path(".")
 
 

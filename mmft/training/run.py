@@ -9,15 +9,17 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from accelerate.utils import set_seed
 
 from mmft.data import Clips, Sounds, check_rows, load_rows
+from mmft.data.rows import write_skipped
 from mmft.data.scenes import attribute_claims
 from mmft.evaluation.captioning import score_captions
 from mmft.evaluation.report import write_report
+from mmft.hub import UNPUBLISHED, PublishError, push
 from mmft.training.config import from_recipe
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
 from mmft.training.monitor import Monitor
@@ -25,26 +27,55 @@ from mmft.training.scoring import RewardError
 from mmft.training.summary import write_summary
 from mmft.training.trainer import A2CTrainer, PPOTrainer
 from mmft.training.warm_start import warm_start
-from mmft.vlm.load import build_policy, load_model, lora_config, resolve
+from mmft.training.watchdog import FAILED, record_cause
+from mmft.vlm.load import build_policy, load_model, resolve, tune
 from reward_models import DocumentFrequencies, WeightedRewards, build_rewards
 from reward_models.preference.folder import backbone_name
 
 
-def run(recipe, resume: str | None = None) -> dict[str, Any]:
+def run(recipe, resume: str | None = None, allow_change: Sequence[str] = ()) -> dict[str, Any]:
     """Runs a `mmft.recipe.Recipe` from its rows to its report; returns the summary.
 
+    Args:
+        resume: "latest", a checkpoint or a run folder.
+        allow_change: fields in which the checkpoint may be of another run, see `mmft.training.fingerprint`.
+
     Whatever is wrong with data, rewards, model or checkpoint is found before the first step, and ends the process
-    with one plain line and exit code 2. A reward that fails later ends it with the step in the last line and code 1.
+    with one plain line and exit code 2. What fails later ends it with its first cause in the last line and code 1. A
+    finished run that could not be published ends with code 3 and the command that does it later.
     """
-    with plain_errors():
-        trainer = assemble(recipe, resume)
-        trainer.begin(True if resume == "latest" else resume)
+    with first_cause():
+        with plain_errors():
+            trainer = assemble(recipe, resume)
+            trainer.begin(_checkpoint_of(recipe, resume), allow_change)
+        if trainer.accelerator.is_main_process:
+            (trainer.run_dir / "summary.json").unlink(missing_ok=True)  # an earlier run's; this one is not finished
+        summary = trainer.train()
+        if trainer.accelerator.is_main_process:
+            trainer.policy.processor.save_pretrained(trainer.run_dir / "processor")
+            publish(recipe)
+        return summary
+
+
+def _checkpoint_of(recipe, resume: str | None) -> str | bool | None:
+    """What `PPOTrainer.begin` is to resume: nothing yet, where a run was ended in its warm start."""
+    started = any((Path(recipe.output.dir) / "checkpoints").glob("step-*"))
+    if resume == "latest" and recipe.warm_start is not None and not started:
+        return None
+    return True if resume == "latest" else resume
+
+
+def publish(recipe) -> None:
+    """Pushes the finished run to where the recipe says, if it says so. The run keeps its result whatever happens."""
+    folder, repository = recipe.output.dir, recipe.output.push_to_hub
+    if repository is None:
+        return
     try:
-        return trainer.train()
-    except RewardError as error:
-        traceback.print_exception(error.__cause__)  # of the user's own function, perhaps; the plain line comes last
-        print("error:", str(error).partition("\n")[0], file=sys.stderr)
-        raise SystemExit(1) from error
+        print("published:", push(folder, repository, recipe.output.private), flush=True)
+    except (PublishError, ValueError, OSError) as error:
+        later = f"mmft push {folder} {repository}" + ("" if recipe.output.private else " --public")
+        said = f"error: not published: {error}; the run is whole in {folder}, publish it later: {later}"
+        _end(said, UNPUBLISHED, error)
 
 
 @contextmanager
@@ -53,8 +84,40 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        _end(f"error: {error}", 2, error)
+
+
+@contextmanager
+def first_cause() -> Iterator[None]:
+    """Errors in the middle of a run: traceback, then a last line that says what failed first, and exit code 1."""
+    try:
+        yield
+    except Exception as error:
+        notes = [note for note in getattr(error, "__notes__", []) if note.startswith("first cause")]
+        if not notes:  # else an error of another process made this one, and that one's screen has the traceback
+            traceback.print_exception(error.__cause__ if isinstance(error, RewardError) else error)
+        name = "" if isinstance(error, RewardError | FloatingPointError) else f"{type(error).__name__}: "
+        rank = f"rank {_rank()}, " if _several() else ""
+        said = notes[0] if notes else f"{name}{str(error).partition(chr(10))[0]}"
+        _end(f"error: {rank}{said}", FAILED, error)
+
+
+def _end(line: str, code: int, error: Exception) -> NoReturn:
+    """Ends the process; one of several at once, for the farewell to a group whose others hang may hang as well."""
+    print(line, file=sys.stderr, flush=True)
+    record_cause(line.removeprefix("error: "))
+    if _several():
+        sys.stdout.flush()
+        os._exit(code)
+    raise SystemExit(code) from error
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def assemble(recipe, resume: str | None = None) -> PPOTrainer:
@@ -68,11 +131,12 @@ def assemble(recipe, resume: str | None = None) -> PPOTrainer:
     frequencies = DocumentFrequencies.from_references(train.references())
     rewards = rewards_of(recipe, frequencies)
     output = prepare_folder(recipe, frequencies)
+    if os.environ.get("RANK", "0") == "0":
+        write_skipped(output, train=train, eval=held_out)
 
     def trainer(name: str) -> PPOTrainer:
-        model, processor = load_model(name, recipe.model.quantize, recipe.model.dtype)
-        lora = recipe.model.lora
-        adapters = lora_config(model, lora.r, lora.alpha, lora.dropout, lora.target)
+        options, trust = recipe.model, recipe.model.trust_remote_code
+        model, processor = load_model(name, options.quantize, options.dtype, trust_remote_code=trust)
         return {"ppo": PPOTrainer, "a2c": A2CTrainer}[recipe.algorithm.name](
             model=model,
             reward_funcs=rewards,
@@ -80,7 +144,7 @@ def assemble(recipe, resume: str | None = None) -> PPOTrainer:
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=processor,
-            peft_config=adapters if recipe.model.tune == "lora" else None,
+            peft_config=tune(model, options),
             compute_metrics=caption_metrics(frequencies, held_out),
         )
 
@@ -88,9 +152,8 @@ def assemble(recipe, resume: str | None = None) -> PPOTrainer:
         return trainer(recipe.model.name)
     trainer(recipe.model.name)  # thrown away: what cannot work is said now, not after hours of warm start
     started = output / "warm_start"
-    if not (resume and (started / "config.json").is_file()):
-        warm_start(recipe, train, started)
-        set_seed(recipe.seed)
+    warm_start(recipe, train, started, resume=bool(resume))
+    set_seed(recipe.seed)
     return trainer(str(started))
 
 
@@ -121,17 +184,21 @@ def rows_of(recipe, split: str, limit: int | None = None):
     """The rows of a split, their pictures looked at."""
     data = recipe.data
     media = Clips(**data.video.model_dump()), Sounds(**data.audio.model_dump())
-    rows = load_rows(data.name, split, limit, data.prompt, *media)
+    # Held-out rows are looked at in full: a row that gave its place to another would be scored by wrong references.
+    decode = None if split == data.train else sys.maxsize
+    rows = load_rows(data.name, split, limit, data.prompt, *media, data.bad_rows, decode)
     check_rows(rows)
     return rows
 
 
-def run_supervised(recipe) -> dict[str, Any]:
+def run_supervised(recipe, resume: bool = False) -> dict[str, Any]:
     """The warm start alone; prints and saves the held-out metrics before and after it. Errors as in `run`."""
     began = time.time()
     with plain_errors():
         if recipe.warm_start is None:
             raise ValueError("the recipe has no section warm_start, which says how to train")
+        if recipe.output.push_to_hub:
+            raise ValueError("output.push_to_hub: only runs of PPO and A2C are published; expected null here")
         set_seed(recipe.seed)
         train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
         frequencies = DocumentFrequencies.from_references(train.references())
@@ -139,11 +206,13 @@ def run_supervised(recipe) -> dict[str, Any]:
         metrics = caption_metrics(frequencies, held_out)
 
         def scored(name: str) -> Evaluation:
-            policy = build_policy(*load_model(name, dtype=recipe.model.dtype), critic="none", needs_reference=False)
+            loaded = load_model(name, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
+            policy = build_policy(*loaded, critic="none", needs_reference=False)
             return evaluate(policy, held_out, metrics, recipe.eval.rows, recipe.rollout.max_completion_length)
 
         before = scored(recipe.model.name)
-    after = scored(str(warm_start(recipe, train, output / "warm_start")))
+        trained = warm_start(recipe, train, output / "warm_start", resume)
+    after = scored(str(trained))
     summary = write_summary(output, held_out, before, after, time.time() - began)
     table = Monitor(output, 0, trackers=(), progress=False).table
     table(summary["before"], summary["after"], summary["difference"], summary["signatures"])

@@ -32,11 +32,13 @@ class RewardError(RuntimeError):
 
 @contextmanager
 def rewards_at(step: int):
-    """Errors of rewards with the step in front; the reward's own error is the cause."""
+    """Errors of rewards in one line: step, reward, row and what was raised. The reward's own error is the cause."""
     try:
         yield
-    except (ValueError, RuntimeError, OSError, TypeError) as error:
-        raise RewardError(f"step {step}: {error}") from error
+    except (Exception, SystemExit) as error:  # a reward that calls sys.exit must not look like a run that ended well
+        where = ", ".join(note.removeprefix("in ") for note in getattr(error, "__notes__", []))
+        said = f"{where}: {type(error).__name__}: {error}" if where else str(error)
+        raise RewardError(f"step {step}: {said}") from error
 
 
 def share_backbone(rewards, policy: Policy) -> None:

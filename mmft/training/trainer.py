@@ -6,6 +6,9 @@ TRL's `PPOTrainer` as it was before its removal for the order of things; the loo
 
 from __future__ import annotations
 
+import hashlib
+import json
+import signal
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,28 +18,43 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 
 from mmft.algorithms.kl import AdaptiveKL, FixedKL
 from mmft.algorithms.masked import explained_variance
 from mmft.batch import PromptBatch, Rollout
+from mmft.data.rows import opened_here
 from mmft.evaluation.captioning import metric_info
 from mmft.evaluation.findings import main_metric
 from mmft.evaluation.health import text_health
 from mmft.evaluation.report import write_report
+from mmft.recipe_secrets import redact
+from mmft.training import distributed
 from mmft.training import rollout as stages
-from mmft.training.checkpoint import load_checkpoint, save_adapter, save_checkpoint
+from mmft.training.checkpoint import (
+    find_checkpoint,
+    host_state,
+    load_checkpoint,
+    restore_host_state,
+    save_adapter,
+    save_checkpoint,
+)
 from mmft.training.config import A2CConfig, PPOConfig
 from mmft.training.critic import fit_critic
 from mmft.training.engines import engine_of
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
+from mmft.training.fingerprint import fingerprint
+from mmft.training.finite import require_finite_rollout
 from mmft.training.guards import Alarm, Guards
-from mmft.training.monitor import Monitor
+from mmft.training.interrupts import Abandoned, Interrupted, Interrupts
+from mmft.training.monitor import LEDGER, Monitor
 from mmft.training.scoring import as_rewards, rewards_at, share_backbone
 from mmft.training.summary import write_summary
+from mmft.training.together import Together
+from mmft.training.transaction import Checkpoints, Damaged, failpoint
 from mmft.training.update import update
 from mmft.training.vllm_engine import VLLM
+from mmft.training.watchdog import Watchdog
 from mmft.vlm.generate import generate
 from mmft.vlm.load import build_policy, load_model
 from mmft.vlm.policy import Policy
@@ -80,7 +98,7 @@ class PPOTrainer:
             raise ValueError("train_dataset is empty; PPO needs rows with 'prompt' and 'image'")
         if eval_dataset is not None and len(eval_dataset) == 0:
             raise ValueError("eval_dataset is empty; leave it out to train without evaluation")
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.train_dataset, self.eval_dataset = opened_here(train_dataset), opened_here(eval_dataset)
         _require_columns(train_dataset, "train_dataset")
         self.reward_funcs = as_rewards(reward_funcs, self.config.reward_weights)
         dense = [part.name for part in self.reward_funcs.parts if part.credit != "last" and part.weight != 0.0]
@@ -89,7 +107,7 @@ class PPOTrainer:
                 f"reward {dense[0]!r} is credited token by token, but critic='none' takes a response as one action: "
                 "train a critic, or credit the last token"
             )
-        self.guards = Guards(self.config.guards)
+        self.guards = Guards(self.config.guards, self.config.skip_spikes)
         if self.guards.may_roll_back and (eval_dataset is None or not self.config.eval_steps):
             raise ValueError(
                 "a guard with action 'rollback' returns to the best evaluation: set eval_steps (eval.every)"
@@ -114,29 +132,34 @@ class PPOTrainer:
         if self.config.compile:
             model.compile_decoder()
         share_backbone(self.reward_funcs, model)
-        # Accelerate takes the device from its launcher; a launch on CPU has to say so itself.
-        # Of a tower some weights may take no part: its last layer, read at the one before; all of it, without pictures.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=not model.tower_frozen)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
-        shares = self.accelerator.num_processes * self.config.num_mini_batches
-        if self.config.prompts_per_step % shares:
-            raise ValueError(
-                f"prompts_per_step={self.config.prompts_per_step} cannot be shared evenly by "
-                f"{self.accelerator.num_processes} processes x {self.config.num_mini_batches} minibatches"
-            )
-        optimizer = torch.optim.AdamW(_parameter_groups(model, self.config), weight_decay=self.config.weight_decay)
-        self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator = distributed.make_accelerator(model, self.config)
+        optimizer = distributed.make_optimizer(model, self.config)
+        self.prepared, self.optimizer = distributed.prepare(self.accelerator, model, optimizer)
         self.policy: Policy = self.accelerator.unwrap_model(self.prepared)
         kl = self.config
         self.kl = AdaptiveKL(kl.kl_coef, kl.kl_target, kl.kl_horizon) if kl.kl_target else FixedKL(kl.kl_coef)
         if self.accelerator.num_processes > 1:
             self.reward_funcs.reduce = self._reduce_numbers
+        accelerator = self.accelerator
+        self.watchdog = Watchdog(self.config.timeout, accelerator.process_index, accelerator.num_processes)
         self.run_dir = Path(self.config.output_dir)
         self.engine = engine_of(self.config)
         self._seconds: dict[str, float] = {}
         self._told_equal = False
         self._rolled_back_to: int | None = None
-        self._begun: tuple[Evaluation | None, int] | None = None
+        self._together = Together(self.accelerator)
+        self.checkpoints = self.checkpoints_of(self.run_dir)
+        self.saved_step: int | None = None  # of the checkpoint that holds the state as it is
+        self.before: Evaluation | None = None  # of the policy before training
+        with distributed.whole(self.accelerator, self.prepared):
+            self.fingerprint = fingerprint(self)  # of the weights as they were loaded
+        self.allow_change: Sequence[str] = ()
+        self.seconds_before, self._began = 0.0, time.time()  # of the run before a resume; start of this process's part
+        self._interrupts = Interrupts(self._together.highest, self._together.say)
+        self._usual_seconds: dict[str, float] = {}  # phase -> what it took in the step before
+        self._abandonable: tuple[str, ...] = ()  # phases before which the step may be given up
+        self._written: list[tuple[str, str]] = []  # see `_ledger`
+        self._begun: int | None = None
 
     # ---------------------------------------------------------------- the loop
 
@@ -145,37 +168,45 @@ class PPOTrainer:
 
         Args:
             resume_from_checkpoint: a checkpoint folder, True for the run folder's last one, or None.
+
+        Raises:
+            Interrupted: after a SIGTERM or SIGINT, once the state is saved; uncaught, it ends the process with 143
+                or 130.
         """
-        began, before, done = time.time(), *self.begin(resume_from_checkpoint)
+        done = self.begin(resume_from_checkpoint)
         main = self.accelerator.is_main_process
+        aside = self.checkpoints.set_aside(after=done)
         monitor = Monitor(self.run_dir, self.config.max_steps, main, self.config.report_to, resume_step=done or None)
-        if not done:
-            self._held_out(0, before)
-        last = done
-        for step in range(done + 1, self.config.max_steps + 1):
-            metrics, last = self.step(step), step
-            alarms = self.guards.look(step, metrics)
-            if self.config.eval_steps and step % self.config.eval_steps == 0 and step < self.config.max_steps:
-                held_out = self.evaluate()
-                metrics |= {f"eval/{k}": v for k, v in (held_out.means() if held_out else {}).items()}
-                alarms += self._held_out(step, held_out)
-            monitor.log(step, metrics)
-            monitor.alarms(alarms)
-            if self._act(alarms, monitor):
-                break
-            if self.config.save_steps and step % self.config.save_steps == 0:
-                save_checkpoint(self, step)
-        after = self.evaluate()
+        if aside:
+            monitor.say(f"checkpoints of an earlier run were moved to {aside}")
+        with self._interrupts, self.watchdog.phase("between steps"):
+            if not done and self.guards.best_step is None:
+                self._held_out(0, self.before)
+                if self._keeps_best:
+                    save_checkpoint(self, 0)
+            last = self._steps(done, monitor)
+            after = self.evaluate()
+            if last == self.config.max_steps and self._rolled_back_to is None:
+                self._leave_if_asked(last, monitor)
         if self._rolled_back_to is None and (alarms := self._held_out(last, after)):
             monitor.alarms(alarms)
             if self._act(alarms, monitor) and self._rolled_back_to is not None:
                 after = self.evaluate()
+        weights = distributed.trained_weights(self.accelerator, self.prepared)
         summary: dict[str, Any] = {}
+        with distributed.whole(self.accelerator, self.prepared):
+            if main:
+                save_adapter(self.policy, self.run_dir, weights)
         if main:
-            save_adapter(self.policy, self.run_dir)
-            seconds, alarms = time.time() - began, self.guards.alarms
             summary = write_summary(
-                self.run_dir, self.eval_dataset, before, after, seconds, self.signatures(), alarms, self._rolled_back_to
+                self.run_dir,
+                self.eval_dataset,
+                self.before,
+                after,
+                self.seconds(),
+                self.signatures(),
+                self.guards.alarms,
+                self._rolled_back_to,
             )
             shown = [self.eval_dataset[i].get("image") for i in range(min(8, len(after.texts)))] if after else []
             if shown and all(picture is not None for picture in shown):
@@ -186,56 +217,112 @@ class PPOTrainer:
         self.accelerator.wait_for_everyone()
         return summary
 
-    def begin(self, resume: str | Path | bool | None = None) -> tuple[Evaluation | None, int]:
+    def begin(self, resume: str | Path | bool | None = None, allow_change: Sequence[str] = ()) -> int:
         """What comes before the first step: self-test, evaluation of the untrained policy, checkpoint.
 
+        Args:
+            resume: as in `train`.
+            allow_change: fields of the `fingerprint` in which the checkpoint may differ from this run.
+
         Returns:
-            The evaluation before training, and the number of steps already done. Asked again, the same answer.
+            The number of steps already done. Asked again, the same answer.
         """
         if self._begun is None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._self_test()
+            checkpoint = find_checkpoint(self, resume) if resume else None
+            self.allow_change = allow_change
+            with self.watchdog.phase("self-test"):
+                self._self_test()
             for part in self.reward_funcs.parts:
                 if hasattr(part.function, "prepare"):
                     part.function.prepare()  # a judge that cannot be loaded is found now, not at its first score
-            before = self.evaluate()  # ahead of the checkpoint: adapters still add nothing
-            self._begun = before, load_checkpoint(self, resume) if resume else 0
+            if checkpoint is None:
+                self.before, self._begun = self.evaluate(), 0  # adapters still add nothing
+            else:
+                self._begun = load_checkpoint(self, checkpoint)
+            if self.config.patience is not None and self._main_metric(self.before) is None:
+                raise ValueError("patience (eval.patience) needs held-out rows and a metric of which more is better")
             if self.guards.may_roll_back and self._best_checkpoint() is None:
                 self.guards.forget_best()  # kept by no earlier run; the next evaluation is the first to return to
         return self._begun
 
+    def _steps(self, done: int, monitor: Monitor) -> int:
+        """The steps after ``done``, each with what follows from it; the number of the last."""
+        config = self.config
+        for step in range(done + 1, config.max_steps + 1):
+            kept = host_state(self)
+            # The fit of the critic comes before the first update, and changes weights.
+            self._abandonable = ("reference", "reward", "update") if step > 1 else ("reference", "reward")
+            try:
+                metrics = self.step(step)
+                self._usual_seconds = dict(self._seconds)
+            except Abandoned:
+                restore_host_state(self, kept)
+                self._leave_if_asked(step - 1, monitor)
+            alarms = self.guards.look(step, metrics)
+            if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
+                held_out = self.evaluate()
+                metrics |= {f"eval/{k}": v for k, v in (held_out.means() if held_out else {}).items()}
+                alarms += self._held_out(step, held_out)
+            monitor.log(step, metrics, self._written)
+            monitor.alarms(alarms)
+            if self._act(alarms, monitor):
+                return step
+            new_best = self.guards.best_step == step and (config.save_steps or self._keeps_best)
+            if new_best or (config.save_steps and step % config.save_steps == 0):
+                monitor.sync()  # the lines of a saved step must outlive whatever the checkpoint outlives
+                save_checkpoint(self, step)
+            self._leave_if_asked(step, monitor)
+        return max(done, config.max_steps)
+
+    def _leave_if_asked(self, step: int, monitor: Monitor) -> None:
+        """Saves and leaves, where a signal has asked for it on any process. The state is that after ``step``."""
+        if number := self._interrupts.asked():
+            monitor.sync()
+            folder = save_checkpoint(self, step)
+            monitor.say(f"ended by {signal.Signals(number).name} after step {step}: saved {folder}; go on by --resume")
+            monitor.close()
+            raise Interrupted(number)
+
+    def _boundary(self, phase: str) -> None:
+        """Between the phases of a step: gives it up where a signal is there and the rest would take too long.
+
+        Only where no weight has changed yet: an update, once begun, is finished.
+        """
+        failpoint(f"before_{phase}")
+        if phase in self._abandonable:
+            order = ("reference", "reward", "update")
+            rest = sum(self._usual_seconds.get(name, float("inf")) for name in order[order.index(phase) :])
+            if self._interrupts.too_long(rest):
+                raise Abandoned
+
+    def checkpoints_of(self, run_dir: Path) -> Checkpoints:
+        """The checkpoints of a run folder."""
+        main, agree = self.accelerator.is_main_process, self._together.agree
+        return Checkpoints(run_dir / "checkpoints", self.config.keep_last, main, agree)
+
+    def seconds(self) -> float:
+        """Wall-clock time of the run, that before a resume included."""
+        return self.seconds_before + time.time() - self._began
+
     def step(self, step: int) -> dict[str, float]:
         """One RL step: stages 1 to 7. Returns its metrics."""
+        with self.watchdog.phase("step", step):
+            return self._step(step)
+
+    def _step(self, step: int) -> dict[str, float]:
         config, began = self.config, time.perf_counter()
+        self._seconds.clear()  # an evaluation before it is no part of this step
         learning_rate = self._set_learning_rate(step)
 
-        # 1, 2. Rows and their pictures. 3. Responses, with log-probs and values as they fall out of sampling.
-        with self._timed("rollout"):
-            prompts = self.prompts(step)
-            with self.accelerator.autocast():
-                rollout = stages.sample(self.policy, prompts, config, config.seed * 1_000_003 + step, self.engine)
-        # 4. The reference's view of them: the same weights with the adapters off.
-        with self._timed("reference"):
-            if config.kl_coef > 0:
-                with self.accelerator.autocast():
-                    rollout.ref_logprobs = self.policy(
-                        prompts, rollout.responses, config.temperature, reference=True
-                    ).logprobs
-        # 5. Scores, with their parts.
-        with self._timed("reward"):
-            by_token = any(part.credit != "last" for part in self.reward_funcs.parts)
-            pieces = stages.pieces_of(self.policy, rollout.responses) if by_token else None
-            with rewards_at(step):
-                stages.score(rollout, self.reward_funcs, config, step, pieces)
-        # 6. Token rewards, advantages, returns; statistics over all processes.
-        kl = stages.earn(rollout, config, self.kl.value, self._reduce)
-        if step == 1 and config.critic == "head" and config.critic_start == "fit":
-            fit_critic(self.policy, rollout, config, [place % 2 for place in _places(prompts)], self._reduce)
-        stages.credit(rollout, config, self._reduce)
+        # What reads the weights from 3 to 6 finds them whole; the update brings a layer's when it is at it.
+        with distributed.whole(self.accelerator, self.prepared):
+            rollout, kl, head = self._experience(step)
+        distributed.load_trained_weights(self.accelerator, self.prepared, head)
         # 7. Epochs x minibatches x microbatches.
         with self._timed("update"):
             self.prepared.train()
-            losses = update(self.prepared, self.optimizer, rollout, config, self.accelerator, step)
+            losses = update(self.prepared, self.optimizer, rollout, config, self.accelerator, step, self.guards.spikes)
 
         metrics = self._metrics(rollout, kl, losses)
         if isinstance(self.engine, VLLM):
@@ -254,34 +341,85 @@ class PPOTrainer:
         }
         return metrics
 
+    def _experience(self, step: int) -> tuple[Rollout, torch.Tensor, dict[str, torch.Tensor]]:
+        """Stages 1 to 6: the rollout, the KL of each token (N, T), and the value head where this step fitted it."""
+        config = self.config
+        # 1, 2. Rows and their pictures. 3. Responses, with log-probs and values as they fall out of sampling.
+        with self._timed("rollout"):
+            prompts = self.prompts(step)
+            with self.accelerator.autocast():
+                rollout = stages.sample(self.policy, prompts, config, config.seed * 1_000_003 + step, self.engine)
+        # 4. The reference's view of them: the same weights with the adapters off.
+        with self._timed("reference"):
+            if config.kl_coef > 0:
+                with self.accelerator.autocast():
+                    rollout.ref_logprobs = self.policy(
+                        prompts, rollout.responses, config.temperature, reference=True
+                    ).logprobs
+        # 5. Scores, with their parts.
+        with self._timed("reward"):
+            by_token = any(part.credit != "last" for part in self.reward_funcs.parts)
+            pieces = stages.pieces_of(self.policy, rollout.responses) if by_token else None
+            with rewards_at(step):
+                stages.score(rollout, self.reward_funcs, config, step, pieces)
+        self._written = self._ledger(rollout)
+        head: dict[str, torch.Tensor] = {}
+        require_finite_rollout(rollout, self.accelerator, step)
+        # 6. Token rewards, advantages, returns; statistics over all processes.
+        kl = stages.earn(rollout, config, self.kl.value, self._reduce)
+        if step == 1 and config.critic == "head" and config.critic_start == "fit":
+            fit_critic(self.policy, rollout, config, [place % 2 for place in _places(prompts)], self._reduce)
+            head = {f"value_head.{name}": p.detach().clone() for name, p in self.policy.value_head.named_parameters()}
+        stages.credit(rollout, config, self._reduce)
+        return rollout, kl, head
+
     # ---------------------------------------------------------------- guards
 
+    @property
+    def _keeps_best(self) -> bool:
+        """Whether the run may end with the state of the best evaluation."""
+        return self.guards.may_roll_back or self.config.patience is not None
+
+    def _main_metric(self, evaluation: Evaluation | None) -> str | None:
+        """The metric that a best evaluation is best in; None where nobody knows whether more of it is better."""
+        name = main_metric(list(evaluation.means())) if evaluation else None
+        return name if name is not None and metric_info(name).better > 0 else None
+
     def _held_out(self, step: int, evaluation: Evaluation | None) -> list[Alarm]:
-        """Shows an evaluation to the guards; keeps the best state where one of them may roll back to it."""
-        means = evaluation.means() if evaluation else {}
-        name = main_metric(list(means))
-        if name is None or metric_info(name).better <= 0:
-            return []  # of a metric of one's own nobody knows whether more is better
-        alarms = self.guards.held_out(step, means[name], name)
-        if self.guards.may_roll_back and self.guards.best_step == step:
-            save_checkpoint(self, step)
+        """Shows an evaluation to the guards; the alarms, running out of patience among them."""
+        name = self._main_metric(evaluation)
+        if name is None:
+            return []
+        alarms = self.guards.held_out(step, evaluation.means()[name], name)
+        patience, best = self.config.patience, self.guards.best_step
+        every = self.config.eval_steps
+        if patience is not None and best is not None and step % every == 0 and step < self.config.max_steps:
+            waited = (step - best) // every
+            if waited >= patience:
+                text = f"{waited} evaluations without a better {name} than at step {best}"
+                alarms.append(Alarm("patience", step, waited, patience, "rollback", text))
+                self.guards.alarms.append(alarms[-1])
         return alarms
 
     def _best_checkpoint(self) -> Path | None:
         """The checkpoint of the best evaluation, where there is one."""
         if self.guards.best_step is None:
             return None
-        folder = self.run_dir / "checkpoints" / f"step-{self.guards.best_step:06d}"
-        return folder if (folder / "manifest.json").is_file() else None
+        folder = self.checkpoints.path(self.guards.best_step)
+        return folder if folder.is_dir() else None
 
     def _act(self, alarms: list[Alarm], monitor: Monitor) -> bool:
         """What the alarms ask for; True = the training ends here."""
         asked = {alarm.action for alarm in alarms}
-        if "rollback" in asked and (best := self._best_checkpoint()) is not None:
-            said = self.guards.alarms  # they belong to the run, not to the state that is put back
-            self._rolled_back_to = load_checkpoint(self, best)
-            self.guards.alarms = said
-            monitor.say(f"training ends with the weights of step {self._rolled_back_to}, the best evaluated")
+        best = self._best_checkpoint() if "rollback" in asked else None
+        if best is not None:
+            said, seconds = self.guards.alarms, self.seconds_before  # they belong to the run, not to the state
+            try:
+                self._rolled_back_to = load_checkpoint(self, best)
+                monitor.say(f"training ends with the weights of step {self._rolled_back_to}, the best evaluated")
+            except Damaged as problem:
+                monitor.say(f"training stops; the best evaluated state cannot be put back: {problem}")
+            self.guards.alarms, self.seconds_before = said, seconds
         elif asked & {"stop", "rollback"}:
             monitor.say("training stops" + ("; no evaluated state to roll back to" if "rollback" in asked else ""))
         return bool(asked & {"stop", "rollback"})
@@ -290,7 +428,7 @@ class PPOTrainer:
         """Share of prompts that earn as much under a grey picture as their responses did on average."""
         config, prompts = self.config, rollout.prompts
         blank = stages.blank_prompts(self.policy, prompts)
-        with self.accelerator.autocast():
+        with distributed.whole(self.accelerator, self.prepared), self.accelerator.autocast():
             responses, _ = generate(
                 self.policy, blank, 1, config.max_completion_length, config.temperature, config.seed * 1_000_003 + step
             )
@@ -325,7 +463,7 @@ class PPOTrainer:
         policy, first = self.policy, self.prompts(1)
         first = first.select(list(range(min(2, len(first)))))
         first = policy.pictures.prompts(first.rows, first.row_ids, policy.device, pixels=True)
-        with self.accelerator.autocast():
+        with distributed.whole(self.accelerator, self.prepared), self.accelerator.autocast():
             selftest(policy, first, self.config.temperature)
         plain = torch.tensor(float(not policy.shared_prefix), device=policy.device)
         if self.accelerator.reduce(plain, "sum").item():
@@ -338,15 +476,16 @@ class PPOTrainer:
         if self.eval_dataset is None:
             return None
         config = self.config
-        return evaluate(
-            self.policy,
-            self.eval_dataset,
-            self.compute_metrics,
-            config.eval_rows,
-            config.max_completion_length,
-            config.eval_batch,
-            self.accelerator,
-        )
+        with self._timed("evaluate"), distributed.whole(self.accelerator, self.prepared):
+            return evaluate(
+                self.policy,
+                self.eval_dataset,
+                self.compute_metrics,
+                config.eval_rows,
+                config.max_completion_length,
+                config.eval_batch,
+                self.accelerator,
+            )
 
     def _reward_metrics(
         self, texts: list[str], rows: Sequence[dict[str, Any]], ended: list[bool]
@@ -363,8 +502,8 @@ class PPOTrainer:
         return {"reward": np.asarray(scores.total)} | {f"reward/{k}": np.asarray(v) for k, v in scores.parts.items()}
 
     def signatures(self) -> dict[str, str]:
-        """Reward -> how exactly it is computed, where it says so."""
-        return {part.name: part.signature for part in self.reward_funcs.parts}
+        """Reward -> how exactly it is computed, where it says so; a key among its options is not told."""
+        return {part.name: redact(part.signature) for part in self.reward_funcs.parts}
 
     # ---------------------------------------------------------------- numbers
 
@@ -399,6 +538,20 @@ class PPOTrainer:
             )
         return metrics | losses
 
+    def _ledger(self, rollout: Rollout) -> list[tuple[str, str]]:
+        """What was written in this step, where the run keeps a ledger: row and a hash of each response's tokens."""
+        if LEDGER not in self.config.report_to:
+            return []
+        group = self.config.num_generations
+        tokens = [
+            ids[mask].tolist()
+            for ids, mask in zip(rollout.responses.ids.cpu(), rollout.responses.mask.cpu(), strict=True)
+        ]
+        hashes = [hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest() for row in tokens]
+        mine = [(rollout.prompts.row_ids[i // group], found) for i, found in enumerate(hashes)]
+        everyone = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        return sorted(everyone, key=lambda entry: int(entry[0].rpartition("@")[2]))
+
     def _shares(self, rollout: Rollout) -> dict[str, float]:
         """Each part's share in the spread of the total: its standard deviation over the sum of all parts'."""
         counted = [part.name for part in self.reward_funcs.parts if part.weight != 0.0]
@@ -431,10 +584,13 @@ class PPOTrainer:
 
     @contextmanager
     def _timed(self, phase: str):
+        """A phase under the watchdog; its seconds are among the metrics of the step around it."""
+        self._boundary(phase)
         start = time.perf_counter()
-        yield
-        if self.policy.device.type == "cuda":
-            torch.cuda.synchronize(self.policy.device)
+        with self.watchdog.phase(phase):
+            yield
+            if self.policy.device.type == "cuda":
+                torch.cuda.synchronize(self.policy.device)
         self._seconds[phase] = time.perf_counter() - start
 
 
@@ -447,16 +603,6 @@ class A2CTrainer(PPOTrainer):
 def _places(prompts: PromptBatch) -> list[int]:
     """Where each prompt stands in the order of the whole run, the same however many processes share a step."""
     return [int(row_id.rpartition("@")[2]) for row_id in prompts.row_ids]
-
-
-def _parameter_groups(policy: Policy, config: PPOConfig) -> list[dict[str, Any]]:
-    """Adapters (or all weights), and the value head with its own learning rate."""
-    head = list(policy.value_head.parameters()) if policy.value_head is not None else []
-    known = {id(p) for p in head}
-    rest = [p for p in policy.parameters() if p.requires_grad and id(p) not in known]
-    value_rate = config.learning_rate if config.value_learning_rate is None else config.value_learning_rate
-    groups = [{"params": rest, "lr": config.learning_rate, "base_lr": config.learning_rate}]
-    return groups + ([{"params": head, "lr": value_rate, "base_lr": value_rate}] if head else [])
 
 
 def _require_columns(dataset, name: str) -> None:

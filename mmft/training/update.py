@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import nullcontext
+from collections.abc import Iterable
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
 from mmft.algorithms import losses
 from mmft.batch import Rollout
+from mmft.training import distributed
 from mmft.training.config import A2CConfig, PPOConfig
+from mmft.training.finite import require_finite
+from mmft.training.spikes import Spikes
 
-_LARGEST = ("ratio_max", "first_ratio_error")
+_LARGEST = ("ratio_max", "first_ratio_error", "spike_ratio")
 
 
 def update(
-    policy: nn.Module, optimizer, rollout: Rollout, config: PPOConfig, accelerator, step: int
+    policy: nn.Module,
+    optimizer,
+    rollout: Rollout,
+    config: PPOConfig,
+    accelerator,
+    step: int,
+    spikes: Spikes | None = None,
 ) -> dict[str, float]:
     """Learns from one rollout. ``policy`` and ``optimizer`` are the prepared ones.
 
@@ -30,6 +40,10 @@ def update(
     lengths = mask.sum(-1).view(-1, group).sum(-1)  # (B,) response tokens of each group
     order = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     metrics: dict[str, list[float]] = defaultdict(list)
+
+    def names_of(groups: Iterable[int]) -> list[str]:
+        return [rollout.prompts.row_ids[int(g)] for g in groups]
+
     for epoch in range(config.num_ppo_epochs):
         # Every M-th group makes a minibatch (rows come shuffled already, see `PPOTrainer.prompts`), so that it is
         # made of the same rows however many processes share it; passes go through them in another order.
@@ -43,27 +57,39 @@ def update(
             if tokens == 0:  # rewards dropped every response: nothing to learn from, on any process
                 continue
             micros = minibatch.split(config.micro_prompts or len(minibatch))
+            bad: list[int] = []  # prompts of this process's microbatches whose gradient is not finite
             for i, micro in enumerate(micros):
                 # DDP averages gradients over processes; the losses are shares of a global mean, to be summed.
                 scale = accelerator.num_processes / tokens
                 last = i + 1 == len(micros)
-                with nullcontext() if last else accelerator.no_sync(policy):
+                with distributed.accumulating(accelerator, policy, last):
                     with accelerator.autocast():
                         loss, stats = microbatch_loss(policy, rollout, micro.tolist(), config, scale)
-                    _require_finite(loss, accelerator, f"{where}: the loss", rollout, micro.tolist())
-                    accelerator.backward(loss)
+                    # Of a ratio that fell to 0 neither the loss nor its gradient says so.
+                    odd = "the loss" if not loss.isfinite() else "" if isfinite(stats["approx_kl"]) else "a log-ratio"
+                    require_finite(accelerator, where, odd, names_of(micro))
+                    distributed.backward(accelerator, policy, loss)
+                if not distributed.take_largest_gradient(accelerator, policy).isfinite():
+                    bad += micro.tolist()
                 for name, value in stats.items():
                     metrics[name].append(value)
                 if epoch == number == i == 0:
                     metrics["first_ratio_error"] = [stats["ratio_error"]]
-            norm = accelerator.clip_grad_norm_(
-                [p for p in policy.parameters() if p.requires_grad], config.max_grad_norm
-            )
-            norm = torch.as_tensor(norm, dtype=torch.float32)
-            _require_finite(norm, accelerator, f"{where}: the gradient", rollout, minibatch.tolist())
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            require_finite(accelerator, where, "the gradient" if bad else "", names_of(bad))
+            # Of what each process calls finite the sum may not be.
+            norm = distributed.gradient_norm(accelerator, policy, config.max_grad_norm)
+            odd = "" if norm.isfinite() else "the sum of the gradients"
+            require_finite(accelerator, where, odd, names_of(minibatch))
+            ratio = spikes.ratio(float(norm)) if spikes else None
+            spike = ratio is not None and ratio > spikes.limit
+            if spike and spikes.skips:
+                distributed.drop_gradient(accelerator, policy, optimizer)
+            else:
+                distributed.apply_gradient(accelerator, policy, optimizer)
             metrics["grad_norm"].append(float(norm))
+            if ratio is not None:
+                metrics["spike_ratio"].append(ratio)
+                metrics["spike"].append(float(spike))
     return _summed_up(metrics, config, accelerator)
 
 
@@ -130,15 +156,3 @@ def microbatch_loss(
         loss = loss - config.entropy_coef * bonus
         stats["entropy_loss"] = -bonus.item()
     return loss, stats
-
-
-def _require_finite(value: Tensor, accelerator, what: str, rollout: Rollout, groups: list[int]) -> None:
-    """Stops all processes together, before the step, when any of them has a number that is not finite."""
-    bad = (~torch.isfinite(value.detach())).float().reshape(1)
-    if accelerator.reduce(bad, "sum").item() == 0:
-        return
-    where = f"rows {', '.join(rollout.prompts.row_ids[g] for g in groups[:8])}" if bad.item() else "another process"
-    raise FloatingPointError(
-        f"{what} is not finite (process {accelerator.process_index}; {where}); this update was not applied. "
-        "Lower train.learning_rate, or look at the rewards of these rows"
-    )

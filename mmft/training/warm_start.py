@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmft.training.fingerprint import differing, rows_digest, told
+from mmft.training.interrupts import Interrupted, Interrupts
+from mmft.training.together import Together
+from mmft.training.transaction import Checkpoints, commit, verify
 from mmft.vlm.load import load_model, lora_config
 from mmft.vlm.media import media_of
 from mmft.vlm.pictures import Pictures
+from reward_models.preference.backbone import fingerprint as weights_digest
 
 
-def warm_start(recipe, rows, folder: str | Path) -> Path:
+def warm_start(recipe, rows, folder: str | Path, resume: bool = False) -> Path:
     """Trains the recipe's model on every reference of ``rows`` and saves it, processor and all.
+
+    While it runs, its checkpoints are beside the folder; a finished one is the folder alone.
 
     Args:
         recipe: a `mmft.recipe.Recipe` whose ``warm_start`` section is set.
         rows: rows with ``references``.
         folder: where the trained model goes.
+        resume: take what is there: the finished model, or the newest whole checkpoint of an unfinished training.
 
     Returns:
         The folder; `load_model` takes it like any other model.
+
+    Raises:
+        ValueError: what is there is damaged, or of another recipe.
+        Interrupted: after a SIGTERM or SIGINT, once the state is saved.
     """
+    folder = Path(folder)
+    if resume and folder.is_dir():
+        verify(folder)
+        return folder
     import datasets
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
+
+    from mmft.training.supervised import LeaveWhenAsked, ResumableSFTTrainer
 
     options = recipe.warm_start
-    model, processor = load_model(recipe.model.name, dtype=recipe.model.dtype)
+    model, processor = load_model(
+        recipe.model.name, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code
+    )
     pictures = Pictures(model, processor)
     end = processor.tokenizer.eos_token
     pairs = [(i, j) for i, texts in enumerate(rows.references()) for j in range(len(texts))]
@@ -46,10 +67,13 @@ def warm_start(recipe, rows, folder: str | Path) -> Path:
     if options.tune == "lora":
         lora = recipe.model.lora
         peft_config = lora_config(model, lora.r, lora.alpha, lora.dropout, lora.target)
-    trainer = SFTTrainer(
+    identity = {"seed": recipe.seed, "dataset": rows_digest(rows), "base_model": weights_digest(model)}
+    identity |= options.model_dump(exclude={"save_every"}) | {"lora": recipe.model.lora.model_dump()}
+    beside = folder.with_name(f"{folder.name}_checkpoints")
+    trainer = ResumableSFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=str(folder),
+            output_dir=str(beside),
             seed=recipe.seed,
             learning_rate=options.learning_rate,
             per_device_train_batch_size=options.batch_size,
@@ -65,22 +89,42 @@ def warm_start(recipe, rows, folder: str | Path) -> Path:
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
             logging_steps=20,
-            save_strategy="no",
+            save_strategy="steps" if options.save_every else "no",
+            save_steps=options.save_every or 1,
             report_to=[],
         ),
         train_dataset=dataset.with_transform(examples),
         processing_class=processor,
         peft_config=peft_config,
     )
-    trainer.train()
-    trained = trainer.accelerator.unwrap_model(trainer.model)
+    accelerator = trainer.accelerator
+    together = Together(accelerator)
+    trainer.checkpoints = Checkpoints(beside, 2, accelerator.is_main_process, together.agree)
+    trainer.identity = identity
+    checkpoint = trainer.checkpoints.latest(together.say) if resume else trainer.checkpoints.clear()
+    if checkpoint is not None:
+        saved = json.loads((checkpoint / "identity.json").read_text())
+        if wrong := differing(saved, identity):
+            raise ValueError(f"{checkpoint}: {told(wrong, saved, identity)}; a run without --resume starts anew")
+    with Interrupts(together.highest, together.say) as interrupts:
+        leaving = LeaveWhenAsked(interrupts)
+        trainer.add_callback(leaving)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if leaving.asked:
+        together.say(f"the warm start ended after step {trainer.state.global_step}; go on by --resume")
+        raise Interrupted(leaving.asked)
+    trained = accelerator.unwrap_model(trainer.model)
     if peft_config is not None:
         trained = trained.merge_and_unload()
-    if trainer.accelerator.is_main_process:
-        trained.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    trainer.accelerator.wait_for_everyone()
-    return Path(folder)
+
+    def write(place: Path) -> None:
+        if accelerator.is_main_process:
+            trained.save_pretrained(place)
+            processor.save_pretrained(place)
+
+    commit(folder, write, accelerator.is_main_process, together.agree)
+    trainer.checkpoints.clear()
+    return folder
 
 
 def _images(row: dict[str, Any]) -> list[Any]:

@@ -49,7 +49,7 @@ class FoldedLora(LoraLinear):
         return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
 
     def _foldable(self, x: Tensor) -> bool:
-        """One plain adapter without dropout on a frozen fp32 weight that is all here (ZeRO-3 keeps it in pieces)."""
+        """One plain adapter without dropout on a frozen fp32 weight."""
         base, names = self.base_layer, self.active_adapters
         if len(names) != 1 or names[0] not in self.lora_A or names[0] in self.lora_variant or self.merged:
             return False
@@ -57,7 +57,6 @@ class FoldedLora(LoraLinear):
         return (
             type(base) is nn.Linear
             and all(layer.weight.dtype == x.dtype == torch.float32 for layer in (base, a, b))
-            and all(layer.weight.shape == (layer.out_features, layer.in_features) for layer in (base, a, b))
             and not any(parameter.requires_grad for parameter in base.parameters())
             and a.bias is None
             and b.bias is None
@@ -93,6 +92,13 @@ def fold_lora(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is LoraLinear and not module.fan_in_fan_out:
             module.__class__ = FoldedLora
+
+
+def unfold_lora(model: nn.Module) -> None:
+    """PEFT's own layers again, which leave every weight to the module that it belongs to."""
+    for module in model.modules():
+        if type(module) is FoldedLora:
+            module.__class__ = LoraLinear
 
 
 @contextmanager

@@ -16,6 +16,15 @@ from mmft.vlm.audio import qwen2_audio_features
 # Linear layers of a Llama-like decoder. Never the vision tower, never the output head.
 _DECODER = r".*\.(?:language_model|text_model)\.(?:.*\.)?(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
+# What stands between tower and decoder, by its path below the backbone: a model has those of its family.
+CONNECTORS = (
+    "multi_modal_projector",
+    "connector",
+    "visual.merger",
+    "visual.deepstack_merger_list",
+    "language_projection",
+)
+
 # Names under which configurations and processors keep ids of tokens that stand for pictures, clips or sounds.
 _PLACEHOLDER_KEYS = (
     "image_token_id",

@@ -6,7 +6,10 @@ backward pass where all of them are few, else none are, and their logits are mad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +36,10 @@ class Distribution:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(M, H) -> (M, V), fp32, banned tokens at -inf."""
-        return self._tempered(self.head(hidden))
+        return self.tempered(self.head(hidden))
 
-    def _tempered(self, logits: Tensor) -> Tensor:
+    def tempered(self, logits: Tensor) -> Tensor:
+        """The head's (M, V) logits as those of this distribution; overwritten."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -45,16 +49,42 @@ class Distribution:
         return logits.index_fill_(-1, self.banned_ids, float("-inf"))
 
 
+class ScoringHead(nn.Linear):
+    """A language-model head within whose call tokens are scored.
+
+    ZeRO-3 brings a module's weights when the module is called: read from outside they may not be there, and called
+    once per chunk the processes, which have other numbers of tokens, would wait for one another for ever.
+    """
+
+    def forward(self, hidden: Tensor, score: Callable[..., Any] | None = None):
+        return super().forward(hidden) if score is None else score(super().forward, hidden)
+
+
+def score_in_head(model: nn.Module) -> None:
+    """Makes the model's head a `ScoringHead`."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.__class__ = ScoringHead
+
+
 def token_logprobs(
     distribution: Distribution, hidden: Tensor, targets: Tensor, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target (M,) from its hidden state (M, H), and the entropy (M,) in nats when asked."""
+    score = partial(_score_all, distribution, targets, entropy)
+    head = distribution.head
+    return head(hidden, score) if isinstance(head, ScoringHead) else score(head, hidden)
+
+
+def _score_all(
+    distribution: Distribution, targets: Tensor, entropy: bool, project: Callable[[Tensor], Tensor], hidden: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`token_logprobs`, chunk by chunk; ``project`` is the head's hidden state -> logits."""
     head = distribution.head
     size = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
     fused = (
-        type(head) is nn.Linear
+        type(head) in (nn.Linear, ScoringHead)
         and head.weight.dtype == hidden.dtype
-        and head.weight.numel() == head.in_features * head.out_features  # ZeRO-3 keeps it in pieces
         and distribution.softcap is None
         and not torch.is_autocast_enabled(hidden.device.type)
         and not entropy
@@ -66,16 +96,18 @@ def token_logprobs(
             options = distribution.banned_ids, distribution.temperature, keep
             scored = _TokenLogprobs.apply(h, head.weight, head.bias, y, *options), None
         elif keep or not torch.is_grad_enabled():
-            scored = _score(distribution, h, y, entropy)
+            scored = _score(distribution, project, h, y, entropy)
         else:
-            scored = checkpoint(_score, distribution, h, y, entropy, use_reentrant=False)
+            scored = checkpoint(_score, distribution, project, h, y, entropy, use_reentrant=False)
         logprobs.append(scored[0])
         entropies.append(scored[1])
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
 
-def _score(distribution: Distribution, hidden: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    everything = distribution.logits(hidden).log_softmax(-1)
+def _score(
+    distribution: Distribution, project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    everything = distribution.tempered(project(hidden)).log_softmax(-1)
     logprobs = everything.gather(-1, targets[:, None]).squeeze(-1)
     if not entropy:
         return logprobs, None

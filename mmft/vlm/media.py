@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from reward_models.picture_files import as_rgb, check_size
+
 Media = dict[str, list[Any]]  # "image", "video", "audio" -> what the row has of it; no empty lists
 NAMES = {"image": "pictures", "video": "clips", "audio": "sounds"}
 _TICKS = 1000  # the times of frames are told to processors in frames of a clip with so many a second
@@ -107,7 +109,8 @@ def _picture(image: Any, row_id: str) -> Image.Image:
             f"row {row_id}: a picture is {type(image).__name__}, expected PIL.Image.Image; "
             "mmft.data.load_rows opens paths"
         )
-    return image
+    check_size(image, f"row {row_id}: a picture")  # open, and perhaps not decoded yet
+    return image if image.mode == "RGB" else as_rgb(image, f"row {row_id}: a picture")
 
 
 def _clip(clip: Any, row_id: str) -> dict[str, Any]:

@@ -58,11 +58,7 @@ class Pictures:
         self._prepared: OrderedDict[tuple[str, str], tuple[Tensor, dict[str, Tensor]]] = OrderedDict()
         ids = {medium.name: placeholder_id(model, medium) for medium in self.family.media}
         self.token_ids = {name: i for name, i in ids.items() if i is not None}  # medium -> its placeholder
-        # Longest first, so that no marker is broken up by a shorter one inside it.
-        markers = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        # SmolVLM's <video> is no token, and yet it is replaced.
-        markers |= {self._token(name) for name in NAMES if hasattr(processor, f"{name}_token")}
-        self._markers = sorted(markers | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        self._markers = _markers(processor)
         self._keys = {key for medium in self.family.media for key in medium.inputs} | set(_POSITION_KEYS)
         self.encoded = 0  # pictures' records that went through the tower; tests and benchmarks read it
 
@@ -164,7 +160,8 @@ class Pictures:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         if not messages or any(not isinstance(m.get("content"), str | list) or "role" not in m for m in messages):
             raise ValueError(f"row {row_id}: a prompt is text, or a list of messages with 'role' and 'content'")
-        messages = [{**m, "content": self._parts(m["content"], row_id)} for m in messages]
+        # Templates print the role as it stands, and some print further keys.
+        messages = [{**self._as_texts(m), "content": self._parts(m["content"], row_id)} for m in messages]
         placed = [part["type"] for m in messages for part in m["content"] if part["type"] in NAMES]
         if not placed:
             first = next((m for m in messages if m["role"] == "user"), messages[0])
@@ -209,6 +206,14 @@ class Pictures:
             if marker in text:
                 text = text.replace(marker, marker[0] + _ZERO_WIDTH_SPACE + marker[1:])
         return text
+
+    def _as_texts(self, value: Any) -> Any:
+        """`as_text` of every text in dicts and lists."""
+        if isinstance(value, Mapping):
+            return {key: self._as_texts(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._as_texts(part) for part in value]
+        return self.as_text(value) if isinstance(value, str) else value
 
     # ---------------------------------------------------------------- positions
 
@@ -256,6 +261,8 @@ class Pictures:
                     record.features = features
                 if keep and same[0].key:
                     self.cache.put(same[0].key, features)
+        if not keep:  # kept by nobody, so this is the last time that rows and features stand together
+            check_placeholders(batch, self.token_ids)
 
     def _tower(self, records: list[VisualRecord], model: nn.Module) -> list[dict[str, list[Any]]]:
         """Features of records whose tensors have equal shapes, a bounded number of them per call of the tower."""
@@ -290,6 +297,19 @@ class Pictures:
                 filled[f"{medium.name}/deepstack"] = [list(layer)[part] for layer in deep]
 
 
+def _markers(processor: Any) -> list[str]:
+    """What a tokenizer or processor would read as more than text; the longest first, so that none is broken up by a
+    shorter one inside it."""
+    said = [value for name, value in vars(processor).items() if name.endswith("_token") and value is not None]
+    markers = {str(value) for value in said}  # SmolVLM's <video> is no token, and yet it is replaced
+    markers |= {f"<{name}>" for name in NAMES if not hasattr(processor, f"{name}_token")}  # as `Pictures._token`
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for reader in (tokenizer, getattr(processor, "qformer_tokenizer", tokenizer)):
+        markers |= {str(token) for token in reader.added_tokens_decoder.values()} | set(reader.all_special_tokens)
+    # Spaces and line breaks are tokens of their own here and there; they stay what they are.
+    return sorted((marker for marker in markers if len(marker) > 1 and marker.strip(" \n\t▁")), key=len, reverse=True)
+
+
 def joined_features(batch: PromptBatch) -> dict[str, list[Any]] | None:
     """The batch's features, medium name -> one tensor per picture in the order of the rows; None without any."""
     joined: dict[str, list[Any]] = {}
@@ -321,10 +341,10 @@ def check_placeholders(batch: PromptBatch, token_ids: dict[str, int]) -> None:
     """
     for i, record in enumerate(batch.visuals):
         for name, token_id in token_ids.items():
-            if record.features is None or name not in record.features:
-                continue
+            if record.features is None and (record.tensors or record.key):
+                continue  # not encoded yet, or not kept
             places = int((batch.prompt_ids[i] == token_id).sum())
-            features = sum(f.shape[:-1].numel() for f in record.features[name])
+            features = sum(f.shape[:-1].numel() for f in (record.features or {}).get(name, ()))
             if places != features:
                 raise ValueError(
                     f"row {batch.row_ids[i]}: {places} {name} tokens in the prompt, {features} {name} features; "

@@ -46,7 +46,8 @@ class Policy(nn.Module):
         model: any image-text-to-text model of transformers, or a `PeftModel` around one.
         processor: its processor.
         critic: "head" for a value head on the last hidden states, "none" for no critic.
-        reference: a second model for the reference when the policy has no adapters to switch off; else None.
+        reference: a second model for the reference when the policy has no adapters to switch off; else None. It may
+            share the weights that are frozen.
         shared_prefix: None lets the family decide; False forces the plain path.
         cache_bytes: budget for picture features kept across steps.
         cache_folder, cache_disk_bytes: where they are kept on disk as well, and how much of them.
@@ -123,11 +124,11 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.banned.device
 
-    def to(self, *args, **kwargs) -> Policy:
-        """As `nn.Module.to`; the reference copy comes along, though it is no part of the module."""
+    def _apply(self, function, recurse: bool = True) -> Policy:
+        """What `to`, `bfloat16` and their like call; the reference copy comes along, though no part of the module."""
         for reference in self._reference:
-            reference.to(*args, **kwargs)
-        return super().to(*args, **kwargs)
+            reference._apply(function, recurse)
+        return super()._apply(function, recurse)
 
     def forward(
         self,

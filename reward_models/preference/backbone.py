@@ -103,8 +103,11 @@ def load_backbone(name: str | Path, quantize: str | None = None, dtype: str = "a
     if quantize:
         options["device_map"] = {"": device}
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, **options)
+        # Said in words: transformers would ask on the terminal, and take a pickle where there is nothing else.
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            name, trust_remote_code=False, use_safetensors=True, **options
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ValueError(
             f"backbone: {str(name)!r} could not be loaded as an image-text-to-text model; expected a folder with "

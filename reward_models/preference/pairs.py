@@ -56,7 +56,7 @@ class Rating:
 def read_pairs(
     rows: Iterable[Mapping[str, Any]],
     prompt: str = "Describe the picture.",
-    root: str | Path = ".",
+    root: str | Path | None = None,
     source: str = "preferences",
 ) -> list[Pair | Rating]:
     """Pairs and ratings from dataset rows, whichever of these layouts each row has.
@@ -73,13 +73,15 @@ def read_pairs(
     Args:
         rows: dicts; a ``datasets.Dataset`` will do.
         prompt: for rows that have none.
-        root: folder that relative picture paths start from.
+        root: folder that picture paths start from and may not lead out of; None: the paths are the caller's own, and
+            any picture file will do.
         source: name of the file or set, for errors.
 
     Raises:
         ValueError: naming the row, the key, what was expected and how to mend it.
     """
-    found = [_read(_Row(row, f"{source}: row {i}", prompt, Path(root))) for i, row in enumerate(rows)]
+    folder = None if root is None else Path(root)
+    found = [_read(_Row(row, f"{source}: row {i}", prompt, folder)) for i, row in enumerate(rows)]
     if not found:
         raise ValueError(f"{source}: no rows; expected at least one with 'chosen' and 'rejected'")
     return found
@@ -92,7 +94,7 @@ class _Row:
     data: Mapping[str, Any]
     where: str
     default_prompt: str
-    root: Path
+    root: Path | None
 
     def wrong(self, key: str, got: str, expected: str) -> ValueError:
         name = self.data.get("id", self.data.get("idx"))
@@ -257,7 +259,9 @@ def _picture(row: _Row, key: str, value: Any) -> Picture:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str | Path):
-        path = row.root / value
+        path = Path(value) if row.root is None else row.root / value
+        if "\0" in str(value) or row.root is not None and not path.resolve().is_relative_to(row.root.resolve()):
+            raise row.wrong(key, f"{value} lies outside of {row.root}", "a path below the folder of pictures")
         if not path.is_file():
             raise row.wrong(key, f"there is no file {path}", "a path below the folder of pictures, or its bytes")
         return path
@@ -268,14 +272,11 @@ def _picture(row: _Row, key: str, value: Any) -> Picture:
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """The picture as an RGB PIL image."""
-    from io import BytesIO
-
-    from PIL import Image
+    """The picture as an RGB PIL image, upright. Raises ValueError for what `picture_files` refuses."""
+    from reward_models.picture_files import as_rgb, open_picture_file
 
     if callable(picture):
         picture = picture()
-    if isinstance(picture, bytes):
-        picture = BytesIO(picture)  # type: ignore[assignment]
-    opened = picture if isinstance(picture, Image.Image) else Image.open(picture)
-    return opened.convert("RGB")
+    if isinstance(picture, str | Path | bytes):
+        return open_picture_file(picture, "a picture" if isinstance(picture, bytes) else f"picture {picture}")
+    return as_rgb(picture, "a picture")

@@ -7,11 +7,14 @@ as long as the adapter leaves the vision tower alone.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -90,6 +93,19 @@ class TrainOptions:
             raise ValueError(f"lora: expected a rank, or 0 for a frozen backbone, got {self.lora}")
 
 
+class Saver(Protocol):
+    """Keeps the state of a training that is to survive being killed; whose files those are is not known here."""
+
+    def due(self, step: int) -> bool:
+        """Whether the state after this step is to be kept."""
+
+    def save(self, step: int, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        """Keeps it, in place of the one before. May end the process, if that is why it was due."""
+
+    def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """The state to go on from; None for a new training."""
+
+
 def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, label_smoothing: float = 0.0
 ) -> Tensor:
@@ -108,6 +124,7 @@ def train_preference(
     *,
     calibration: Sequence[Pair] = (),
     log: Callable[[str], None] | None = print,
+    saver: Saver | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains on pairs or on ratings, fits the temperature on `calibration`, saves everything in `folder`.
@@ -118,6 +135,7 @@ def train_preference(
         calibration: pairs that are not trained on and show none of the same pictures. They give the temperature and
             the zero of the reward. Without them both stay as they are: temperature 1, zero anywhere.
         log: gets a line now and then; None is silent.
+        saver: keeps the state on the way, and has the one to go on from; a training that does ends in the same bits.
         **options: see `TrainOptions`; `backbone` is needed.
 
     Returns:
@@ -126,7 +144,7 @@ def train_preference(
 
     Raises:
         ValueError: nothing to train on, pairs mixed with ratings, an unknown option, a folder with something else in
-            it, or a loss that is not finite.
+            it, a loss that is not finite, or a saved state of another training.
     """
     chosen = _options(options)
     check_folder(Path(folder))
@@ -146,7 +164,7 @@ def train_preference(
         head = PreferenceHead(size, size, chosen.width, chosen.fusion, chosen.heads, chosen.dropout)
         head.to(backbone.device)
         shift, scale = _rating_unit(made) if rated else (0.0, 1.0)
-        metrics = _fit(backbone, head, made, chosen, say, shift, scale)
+        metrics = _fit(backbone, head, made, chosen, say, shift, scale, saver)
         head.eval()
         judge = Judge(backbone, head, "default" if chosen.lora else None)
         temperature = 1.0
@@ -270,9 +288,8 @@ def _fit(
     say: Callable[[str], None],
     shift: float,
     scale: float,
+    saver: Saver | None,
 ) -> dict[str, Any]:
-    import time
-
     started = time.monotonic()
     rated = isinstance(examples[0], Rating)
     n = len(examples)
@@ -284,8 +301,10 @@ def _fit(
     optimizer, schedule = _optimizer(backbone.model, head, options, steps)
     backbone.model.train(options.gradient_checkpointing)
     head.train()
-    losses, rights = [], []
-    for step in range(1, steps + 1):
+    progress = _Progress(backbone.model, head, optimizer, schedule, _identity(examples, options))
+    done = progress.resume(saver)
+    losses, rights = progress.losses, progress.rights
+    for step in range(done + 1, steps + 1):
         numbers = order[(step - 1) * options.batch_size : step * options.batch_size]
         rewards = head(*batches(numbers))
         if rated:
@@ -314,6 +333,8 @@ def _fit(
             tail = "" if rated else f"  accuracy {np.mean(rights[recent]):.3f}"
             seconds = time.monotonic() - started
             say(f"step {step}/{steps}  loss {np.mean(losses[recent]):.4f}{tail}  {seconds:.0f} s")
+        if saver is not None and saver.due(step):
+            saver.save(step, *progress.state())
     last = slice(-max(1, steps // 10), None)
     return {
         "steps": steps,
@@ -321,6 +342,68 @@ def _fit(
         "train_accuracy": None if rated else float(np.mean(rights[last])),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+@dataclass
+class _Progress:
+    """Everything that changes in a training, as tensors and plain data, and back."""
+
+    model: nn.Module
+    head: PreferenceHead
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    identity: str
+    losses: list[float] = field(default_factory=list)
+    rights: list[float] = field(default_factory=list)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"weight/{name}": p.detach().cpu().clone() for name, p in self._weights().items()}
+        tensors["random"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": value.cpu().clone() for name, value in slots.items()}
+        rates = {"last_epoch": self.schedule.last_epoch, "rates": self.schedule.get_last_lr()}
+        return tensors, rates | {"losses": self.losses, "rights": self.rights, "identity": self.identity}
+
+    @torch.no_grad()
+    def resume(self, saver: Saver | None) -> int:
+        """Takes the saver's state, if it has one; the steps done."""
+        found = saver.latest() if saver is not None else None
+        if found is None:
+            return 0
+        step, tensors, plain = found
+        if plain["identity"] != self.identity:
+            raise ValueError("the training to resume was of other pairs or options; start it anew, without --resume")
+        for name, parameter in self._weights().items():
+            parameter.copy_(tensors[f"weight/{name}"])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, index, name = key.split("/")
+                slots.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+        self.schedule.last_epoch = plain["last_epoch"]
+        for group, rate in zip(self.optimizer.param_groups, plain["rates"]):
+            group["lr"] = rate
+        self.losses, self.rights = plain["losses"], plain["rights"]
+        torch.set_rng_state(tensors["random"])
+        if "random/cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random/cuda"])
+        return step
+
+    def _weights(self) -> dict[str, nn.Parameter]:
+        adapters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return {f"head/{n}": p for n, p in self.head.named_parameters()} | adapters
+
+
+def _identity(examples: Sequence[Any], options: TrainOptions) -> str:
+    """Of a training: its options, and the words of its examples."""
+    digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
+    for example in examples:
+        words = {k: v for k, v in vars(example).items() if k != "images"}
+        digest.update(json.dumps(words, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _order(n: int, wanted: int, generator: torch.Generator) -> list[int]:
