@@ -38,7 +38,8 @@ class Machine:
         rates: (smallest dimension of a product, FLOP/s), rising; between them on a line over logarithms.
         bandwidth: bytes/s of weights and caches that are read.
         stream: bytes/s of element-wise work, reads and writes together.
-        host: seconds that the CPU takes to issue one decoder layer; ``engine_host``: a serving engine's whole token.
+        host, host_update: seconds that the CPU takes to issue one decoder layer, and one forward and backward of it;
+            ``engine_host``: a serving engine's whole token.
         asynchronous: the device works while the CPU issues; else their times add up.
         overlap: share of a gradient's communication that hides behind computing where both could run.
         picture: seconds in which the CPU makes tensors of one picture.
@@ -50,6 +51,7 @@ class Machine:
     bandwidth: float
     stream: float
     host: float
+    host_update: float
     asynchronous: bool
     per_node: int
     inside: Link
@@ -70,9 +72,9 @@ class Machine:
         moved = (rows * inner + inner * outer + rows * outer) * size
         return max(2.0 * rows * inner * outer / self.rate(min(rows, inner, outer)), moved / self.bandwidth)
 
-    def together(self, device: float, calls: float) -> float:
+    def together(self, device: float, calls: float, host: float | None = None) -> float:
         """Seconds of a pass whose device work takes ``device`` seconds and that issues so many layers."""
-        issuing = calls * self.host
+        issuing = calls * (self.host if host is None else host)
         return max(device, issuing) if self.asynchronous else device + issuing
 
 
@@ -152,7 +154,7 @@ class Job:
 
     Attributes:
         zero: DeepSpeed's stage; 0 with several GPUs is DDP.
-        offload: optimizer state and the optimizer's step on the CPU.
+        offload: ZeRO-3 with weights, optimizer state and the optimizer's step on the CPU.
         prompts, group: rollout.prompts_per_step over all GPUs, and G.
         micro: train.micro_prompts.
         text: tokens of a prompt beside its picture.

@@ -30,7 +30,7 @@ def memory(model: Model, job: Job) -> dict[str, dict[str, float]]:
     whole = weight_bytes(model, job)
     copy = whole if job.tune == "full" and job.kl else 0.0  # the reference; no engine shards it
     sharded = job.zero == 3
-    resident = whole / n + min(whole, LIVE * size) if sharded else whole
+    resident = whole / n * (not job.offload) + min(whole, LIVE * size) if sharded else whole
     beside = count * extra / (n if sharded else 1)
     optimizer = 0.0 if job.offload else count * state / (n if job.zero else 1)
     gradients = count * gradient / (n if job.zero >= 2 else 1)

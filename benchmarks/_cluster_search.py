@@ -49,8 +49,7 @@ def _settings(job: Job) -> Iterator[Job]:
         if job.tune == "lora" and not job.servers:
             yield replace(job, quantize=True, checkpointing=checkpointing)
     if job.tune == "full":
-        for zero in stages[1:]:
-            yield replace(job, zero=zero, offload=True, checkpointing=True)
+        yield replace(job, zero=3, offload=True, checkpointing=True)
 
 
 def _powers(most: float) -> Iterator[int]:
@@ -92,8 +91,14 @@ def _served_jobs(model: Model, job: Job, machine: Machine) -> Iterator[Job]:
         if not 0 < servers < job.gpus:
             continue
         for tensor in (1, 2, 4, 8):
-            if servers % tensor == 0 and weight_bytes(model, job) < 0.8 * tensor * machine.memory * machine.usable:
+            if servers % tensor == 0 and _holds(model, job, machine, tensor):
                 yield replace(job, servers=servers, tensor=tensor)
+
+
+def _holds(model: Model, job: Job, machine: Machine, tensor: int) -> bool:
+    """Whether the weights leave a fifth of so many GPUs' memory to keys and values, and key heads divide evenly."""
+    room = machine.memory * machine.usable * tensor
+    return model.kv_heads % tensor == 0 and weight_bytes(model, job) < 0.8 * room
 
 
 def fastest_served(model: Model, job: Job, machine: Machine) -> Plan | None:
@@ -107,7 +112,7 @@ def fastest_in_turns(model: Model, job: Job, machine: Machine) -> Plan | None:
 
     Counted as twice the GPUs, one half of which serves.
     """
-    jobs = [replace(job, gpus=2 * job.gpus, servers=job.gpus, tensor=t) for t in (1, 2, 4, 8) if job.gpus % t == 0]
-    fits = [j for j in jobs if weight_bytes(model, j) < 0.8 * j.tensor * machine.memory * machine.usable]
+    sizes = [t for t in (1, 2, 4, 8) if job.gpus % t == 0 and _holds(model, job, machine, t)]
+    fits = [replace(job, gpus=2 * job.gpus, servers=job.gpus, tensor=t) for t in sizes]
     plans = [fastest(model, served, machine) for served in fits]
     return max((p for p in plans if p), key=lambda p: p.rate, default=None)

@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks import _work
 from benchmarks._cluster import NF4, Job, Machine, normal_maximum, trained, weight_bytes
 from benchmarks._cluster_models import Model
+from mmft.vlm.adapters import _KEPT_BYTES
 from mmft.vlm.logprobs import KEPT_BYTES
 
 SAMPLING = 12  # passes over a row of logits that sampling one token takes
@@ -24,8 +25,6 @@ def gather_seconds(machine: Machine, ranks: int, size: float) -> float:
 
     Between nodes the rings of a node's devices share its adapters: each device's own.
     """
-    if ranks == 1:
-        return 0.0
     nodes, inside = math.ceil(ranks / machine.per_node), min(ranks, machine.per_node)
     bandwidth, latency = machine.inside.bandwidth, (ranks - 1) * machine.inside.latency
     if nodes > 1:
@@ -36,8 +35,6 @@ def gather_seconds(machine: Machine, ranks: int, size: float) -> float:
 
 def reduce_seconds(machine: Machine, ranks: int, size: float) -> float:
     """All-reduce: 2 (n - 1) / n of the bytes (Patarasuk & Yuan 2009), along trees whose depth is the latency."""
-    if ranks == 1:
-        return 0.0
     nodes, inside = math.ceil(ranks / machine.per_node), min(ranks, machine.per_node)
     moved = 2 * (gather_seconds(machine, ranks, size) - gather_seconds(machine, ranks, 0.0))
     depth = math.ceil(math.log2(nodes)) * machine.across.latency + (inside - 1) * machine.inside.latency
@@ -217,7 +214,7 @@ def seconds(model: Model, job: Job, machine: Machine) -> dict[str, float]:
     found: dict[str, float] = {"prepare": pictures * machine.picture}
     found["vision"] = machine.together(vision_seconds(model, machine, pictures, size), model.tower.layers)
     gathered = weight_bytes(model, job) if job.zero == 3 else 0.0
-    found["gather"] = gather_seconds(machine, n, gathered)
+    found["gather"] = gather_seconds(machine, n, gathered) + _fetched(job, machine, gathered)
     forward, _ = _pass(model, alike, machine, share, mean, False, True)
     if job.servers:
         found |= _served(model, job, machine)
@@ -226,7 +223,10 @@ def seconds(model: Model, job: Job, machine: Machine) -> dict[str, float]:
         prompt, _ = _pass(model, alike, machine, share, 1.0, False, True)
         found["prefill"] = machine.together(prompt, model.layers)
         one, slowest = _written(model, alike, machine, share * job.group, n, 1, False)
-        found |= {"decode": one, "waiting": slowest - one}
+        # Adapters are folded into copies of their weights once a rollout, where those are few.
+        folds = job.folds and job.tune == "lora" and model.matrices * size <= _KEPT_BYTES
+        folding = 2 * model.matrices * size / machine.stream if folds else 0.0
+        found |= {"decode": one + folding, "waiting": slowest - one}
     if job.kl:
         plain, _ = _pass(model, alike, machine, share, mean, False, False)
         extra = found["vision"] if job.tune == "full" else 0.0  # the copy has a tower of its own
@@ -282,9 +282,9 @@ def _update(model: Model, job: Job, machine: Machine, mean: float, deviation: fl
         forward, backward = forward + tower, backward + 2 * tower
     if job.checkpointing:
         backward += forward
-    calls = model.layers * micros
-    ahead = machine.together(forward, calls)
-    back = machine.together(backward, calls * (2 if job.checkpointing else 1))
+    calls, third = (model.layers + 1) * micros, machine.host_update / 3  # a third forward, the rest backward
+    ahead = machine.together(forward, calls, third)
+    back = machine.together(backward, calls, (3 if job.checkpointing else 2) * third)
     moved = volumes(model, job)
     layers = model.layers * micros if job.zero == 3 else 1  # ZeRO-3 gathers layer by layer
     scatter = _many(machine, n, moved["scatter"], micros * (model.layers if job.zero == 3 else 1))
@@ -292,6 +292,7 @@ def _update(model: Model, job: Job, machine: Machine, mean: float, deviation: fl
     reduce = reduce_seconds(machine, n, moved["reduce"])
     if job.zero == 3:
         exposed = _exposed(machine, gather / 2, ahead) + _exposed(machine, gather / 2 + scatter, back)
+        exposed += _fetched(job, machine, moved["gather"])
     else:
         last = back / micros
         exposed = _exposed(machine, reduce, last) + _exposed(machine, scatter, back if job.zero == 2 else last) + gather
@@ -316,6 +317,11 @@ def _update(model: Model, job: Job, machine: Machine, mean: float, deviation: fl
 def _many(machine: Machine, ranks: int, size: float, messages: float) -> float:
     """Seconds of so many bytes in so many equal collectives."""
     return messages * gather_seconds(machine, ranks, size / messages) if size else 0.0
+
+
+def _fetched(job: Job, machine: Machine, gathered: float) -> float:
+    """Seconds in which a GPU gets its own share of what is gathered from the CPU's memory, where that keeps it."""
+    return gathered / job.trainers / machine.offload_link if job.offload else 0.0
 
 
 def _exposed(machine: Machine, communication: float, computing: float) -> float:

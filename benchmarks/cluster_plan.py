@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,14 @@ H100 = Machine(
     bandwidth=0.8 * 3.35e12,
     stream=0.7 * 3.35e12,
     host=1.0e-3,
+    host_update=4.0e-3,
     asynchronous=True,
     per_node=8,
     inside=Link(0.8 * 450 * GB, 2e-6),
     across=Link(0.8 * 50 * GB, 5e-6),
     overlap=0.5,
 )
-GPUS = (1, 8, 64, 256, 1024)
+GPUS = (1, 8, 64, 1024)
 CAPTIONS, REASONS = Lengths(40, 128), Lengths(600, 2048)
 MEANS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
@@ -81,31 +83,44 @@ def memory_table(machine: Machine) -> str:
     return _table(["model", "10⁹", "tune", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "nf4 DDP / ZeRO-3 offload"], rows)
 
 
+# Columns of the tables, and the phases that each adds up.
+SHARES = {
+    "rollout %": ("vision", "prefill", "decode", "waiting"),
+    "reference %": ("reference", "logprobs"),
+    "update %": ("forward", "backward", "optimizer"),
+    "links %": ("gather", "communication"),
+    "CPU %": ("prepare", "reward"),
+}
+
+
 def _shares(plan: Plan) -> list[str]:
-    """Of the step: rollout (with its wait), reading for reference, update, communication, CPU work; in per cent."""
-    p = plan.phases
-    parts = (
-        ("vision", "prefill", "decode", "waiting", "adapter"),
-        ("reference", "logprobs"),
-        ("forward", "backward", "optimizer"),
-        ("gather", "communication"),
-        ("prepare", "reward"),
-    )
-    return [f"{100 * sum(p.get(name, 0.0) for name in names) / plan.seconds:.0f}" for names in parts]
+    return [
+        f"{100 * sum(plan.phases.get(name, 0.0) for name in names) / plan.seconds:.0f}" for names in SHARES.values()
+    ]
+
+
+def _number(x: float) -> str:
+    """Three digits that count."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def step_table(plans: dict[tuple[str, int], Plan | None]) -> str:
-    rows = []
+    head = ["model", "GPUs", "setting", "prompts_per_step", "micro_prompts", "GB", "s/step", "responses/s"]
+    head += list(SHARES)
+    rows: list[list[str]] = []
     for (name, gpus), plan in plans.items():
         if plan is None:
-            rows.append([name, str(gpus), "does not fit", *[""] * 11])
+            if rows and rows[-1][0] == name and rows[-1][2] == "does not fit":
+                rows.pop()
+                gpus_said = f"to {gpus:,}"
+            else:
+                gpus_said = f"{gpus:,}"
+            rows.append([name, gpus_said, "does not fit", *[""] * (len(head) - 3)])
             continue
         job = plan.job
-        cells = [name, str(gpus), plan.setting, f"{job.prompts:.0f}", f"{job.micro:.0f}", f"{plan.peak / GB:.0f}"]
-        rate = f"{plan.rate:.3g}"
-        rows.append([*cells, f"{plan.seconds:.3g}", rate, f"{plan.rate / gpus:.2g}", *_shares(plan)])
-    head = ["model", "GPUs", "setting", "prompts_per_step", "micro_prompts", "GB", "s/step", "responses/s", "per GPU"]
-    return _table([*head, "rollout %", "reference %", "update %", "links %", "CPU %"], rows)
+        cells = [name, f"{gpus:,}", plan.setting, f"{job.prompts:.0f}", f"{job.micro:.0f}", f"{plan.peak / GB:.0f}"]
+        rows.append([*cells, _number(plan.seconds), _number(plan.rate), *_shares(plan)])
+    return _table(head, rows)
 
 
 def plans_for(job: Job, machine: Machine, gpus=GPUS) -> dict[tuple[str, int], Plan | None]:
@@ -230,6 +245,9 @@ def ghost_folder(model: Model, folder: Path) -> Path:
         text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
         vision.depth, vision.num_heads, vision.out_hidden_size = tower.layers, 16, model.hidden
         vision.fullatt_block_indexes = [7, 15, 23, 31]
+    else:
+        vision.num_hidden_layers, vision.num_attention_heads = tower.layers, 12 if tower.hidden == 768 else 16
+        vision.image_size, vision.patch_size, config.scale_factor = model.side, isqrt(tower.patch // 3), tower.merge
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -306,6 +306,12 @@ def _impossible_engines(r: Recipe, check: Callable[[bool, str, str, str], None])
         "(vLLM adapts the language model alone)",
     )
     check(
+        not vllm or not r.model.lora.dora,
+        "rollout.engine",
+        "model.lora.dora",
+        "got vllm, expected native or hf with model.lora.dora true (vLLM has no such adapters)",
+    )
+    check(
         not vllm or r.warm_start is None or r.rollout.vllm.url is None,
         "rollout.engine",
         "warm_start",

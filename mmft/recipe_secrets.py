@@ -53,14 +53,14 @@ def redacted(data: Any, name: str = "") -> Any:
 
 def known_secrets() -> list[str]:
     """Values that are secret whatever their shape, the longest first."""
-    found = {value for name, value in os.environ.items() if _NAMES.search(name)} | {_login(), *_given}
+    found = {value for name, value in os.environ.items() if _NAMES.search(name)} | {stored_login(), *_given}
     return sorted((value for value in found if len(value) >= _LEAST), key=len, reverse=True)
 
 
 def hide_secrets() -> None:
     """Hides secrets in all that this process prints from now on, tracebacks included."""
     if not isinstance(sys.stdout, _Hiding):
-        sys.stdout, sys.stderr = _Hiding(sys.stdout), _Hiding(sys.stderr)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Hiding(sys.stdout), _Hiding(sys.stderr)
 
 
 class _Hiding:
@@ -93,7 +93,7 @@ def _pairs(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 @lru_cache(maxsize=1)
-def _login() -> str:
+def stored_login() -> str:
     """The token that `hf auth login` stored, or nothing."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface")
     try:

@@ -27,10 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from reward_models.own import read_message, row_range, write_message
+from reward_models.own import one_row, read_message, row_range, write_message
 
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from reward_models.own import run_child; run_child()"
 _NAMED_ROWS = 8
+_SEARCH = 4.0  # seconds in which a fresh process looks for the row that ended or held up another
+_ENOUGH = 1.0  # of them, without an answer to a single row, that say something of that row
 _MARKER = "REWARD_MODELS_CHILD"  # in the environment of the child and of what it starts
 
 
@@ -47,8 +49,9 @@ class Isolated:
     Raises ValueError at construction if the function cannot be loaded (with the end of the child's traceback), and if
     a column cannot be sent. A call raises RuntimeError if the function raises (naming the first row that raises by
     itself, found by scoring the rows one by one) or its process dies (naming exit code or signal), and TimeoutError
-    past the deadline. The next call then starts a fresh child. `close()`, `with`, garbage collection and the end of
-    the program all stop the child; if the program is killed, the kernel tells the child and it dies too (Linux).
+    past the deadline. After both, another child has four seconds to find the row that does the same by itself; it is
+    named, too. The next call then starts a fresh child. `close()`, `with`, garbage collection and the end of the
+    program all stop the child; if the program is killed, the kernel tells the child and it dies too (Linux).
     """
 
     def __init__(
@@ -162,13 +165,16 @@ class Isolated:
                     raise self._raised(failure, "no row found before the time limit", columns) from None
                 raise TimeoutError(
                     f"reward {self.path!r}: no answer within {self.timeout:g} s for {_named(rows, columns)}; "
-                    "its process was stopped"
+                    f"its process was stopped{self._suspect(method, columns)}"
                 ) from None
             except (EOFError, OSError):
                 cause = process.cause()
                 if failure is not None:
                     raise self._raised(failure, f"its process {cause} in the search for the row", columns) from None
-                raise RuntimeError(f"reward {self.path!r}: its process {cause} on {_named(rows, columns)}") from None
+                raise RuntimeError(
+                    f"reward {self.path!r}: its process {cause} on {_named(rows, columns)}"
+                    f"{self._suspect(method, columns)}"
+                ) from None
             except _OutOfStep:
                 process.stop()
                 raise RuntimeError(
@@ -183,6 +189,32 @@ class Isolated:
             where = "no row raises by itself" if said is None else _named([said], columns)
             raise self._raised(failure, where, columns)
         return said
+
+    def _suspect(self, method: str, columns: dict[str, Any]) -> str:
+        """The row that by itself ends a process, or gets no answer either; "" where none is found in time."""
+        rows, deadline, began = row_range(columns), time.monotonic() + _SEARCH, None
+        if len(rows) < 2:
+            return ""
+        process, i = _Process(), 0
+        try:
+            process.send(pickle.dumps((self._target, self.options), protocol=5), deadline)
+            process.receive(deadline)
+            for i in rows:
+                began = time.monotonic()
+                process.send(self._packed(method, one_row(columns, i)), deadline)
+                if process.receive(deadline)[0] == "raised":
+                    process.receive(deadline)
+        except TimeoutError:
+            seconds = 0.0 if began is None else time.monotonic() - began
+            alone = _named([i], columns)
+            return f"; {alone} alone got no answer in {seconds:.1f} s either" if seconds > _ENOUGH else ""
+        except (EOFError, OSError):
+            return "" if began is None else f"; {_named([i], columns)} does it alone: the process {process.cause()}"
+        except _OutOfStep:
+            return ""
+        finally:
+            process.stop()
+        return ""
 
     def _raised(self, failure: str, where: str, columns: dict[str, Any]) -> RuntimeError:
         """The first line says all that matters; below it stands the end of the child's traceback."""

@@ -174,6 +174,15 @@ def row_range(columns: Mapping[str, Any]) -> range:
     return range(len(column) if column is not None else 0)
 
 
+def one_row(columns: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The columns of row i alone; what is no column stays."""
+    rows = len(row_range(columns))
+    return {
+        key: column[i : i + 1] if isinstance(column, (list, tuple, np.ndarray)) and len(column) == rows else column
+        for key, column in columns.items()
+    }
+
+
 def run_child() -> None:
     """The child's whole life: load, then answer one message at a time until the parent closes the pair."""
     connection, watched = socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3])
@@ -287,12 +296,8 @@ def failing_row(
     for i in range(rows):
         if time.monotonic() > deadline:
             return None
-        one = {
-            key: column[i : i + 1] if isinstance(column, (list, tuple, np.ndarray)) and len(column) == rows else column
-            for key, column in columns.items()
-        }
         try:
-            _answer(call, one, loop)
+            _answer(call, one_row(columns, i), loop)
         except BaseException:
             return i
     return None

@@ -396,7 +396,7 @@ def test_a_whole_model_is_published_with_its_weights(tmp_path):
 
 
 def test_a_warmed_up_base_is_published_with_the_adapter(tmp_path):
-    warm = "warm_start={max_steps: 1, batch_size: 4}"
+    warm = "warm_start={max_steps: 2, batch_size: 4}"
     run(recipe_of(tmp_path / "run", warm, "train.steps=1", "eval.every=0"))
     make_folder(tmp_path / "run", tmp_path / "out", NAME)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -405,10 +405,12 @@ def test_a_warmed_up_base_is_published_with_the_adapter(tmp_path):
     exec(code, names)
     warmed = load_file(tmp_path / "run" / "warm_start" / "model.safetensors")
     state = names["model"].state_dict()
-    name = next(name for name in warmed if name.endswith("language_model.norm.weight"))
-    assert torch.equal(
-        next(value for key, value in state.items() if key.endswith("language_model.norm.weight")), warmed[name]
+    untrained = load_file(ROOT / "mmft" / "assets" / "scenes_vlm" / "model.safetensors")
+    end = ".layers.0.input_layernorm.weight"
+    loaded, saved, before = (
+        next(value for key, value in tensors.items() if key.endswith(end)) for tensors in (state, warmed, untrained)
     )
+    assert torch.equal(loaded, saved) and not torch.equal(saved, before)
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     loaded = {key.replace(".default", ""): value for key, value in state.items() if "lora_" in key}
     assert loaded.keys() == adapter.keys() and all(torch.equal(loaded[key], adapter[key]) for key in adapter)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from mmft.data.mp4 import check_tables
 from reward_models.picture_files import MAX_PIXELS, check_plain
 
 # FFmpeg also knows playlists, which open other files and addresses, and would show a text file as a terminal.
@@ -48,6 +49,8 @@ def opened(source: Any, kind: Literal["video", "audio"], where: str) -> Iterator
         check_plain(path, where, called)
     elif not data:
         raise ValueError(f"{where} is empty (0 bytes); expected a {called}")
+    with open(path, "rb") if data is None else io.BytesIO(data) as stream:
+        check_tables(stream, where, called)
     try:
         # FFmpeg decodes the first frames to find out what they are, before anybody can ask for their size; and a frame
         # may be larger than the container says.

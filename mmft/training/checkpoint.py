@@ -16,13 +16,14 @@ the rest JSON; nothing is pickled. How a folder gets to the disk whole is `trans
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mmft.evaluation.captioning import CaptionScores
@@ -30,7 +31,7 @@ from mmft.training import distributed
 from mmft.training.evaluate import Evaluation
 from mmft.training.fingerprint import require_same
 from mmft.training.random_state import random_state, set_random_state
-from mmft.training.transaction import Damaged, failpoint, read_tensors, verify, write_tensors, write_text
+from mmft.training.transaction import Damaged, attempt, failpoint, read_tensors, verify, write_tensors, write_text
 from mmft.vlm.policy import Policy
 
 if TYPE_CHECKING:
@@ -52,13 +53,15 @@ def save_adapter(policy: Policy, folder: Path, weights: dict[str, Tensor] | None
     chosen = {"selected_adapters": policy.model.active_adapters} if target.name == "adapter" else {}
     if weights is not None and chosen:
         chosen["state_dict"] = {name.removeprefix("model."): value for name, value in weights.items()}
-    policy.model.save_pretrained(target, **chosen)
+    size = sum(p.nbytes for p in policy.model.parameters() if p.requires_grad or not chosen)
+    file = target / ("adapter_model.safetensors" if chosen else "model.safetensors")
+    attempt(file, size, lambda: policy.model.save_pretrained(target, **chosen))
     (target / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the model card is the run's own
     if policy.value_head is not None:
         state = {_HEAD + name: value for name, value in policy.value_head.state_dict().items()}
         state |= {name: value for name, value in (weights or {}).items() if name.startswith(_HEAD)}
         head = {name.removeprefix(_HEAD): v.detach().contiguous().cpu() for name, v in state.items()}
-        save_file(head, folder / "value_head.safetensors")
+        write_tensors(folder / "value_head.safetensors", head)
 
 
 def save_checkpoint(trainer: PPOTrainer, step: int) -> Path:
@@ -91,8 +94,8 @@ def _save(trainer: PPOTrainer, step: int) -> Path:
         generators, words = random_state()
         own = {f"optimizer/{name}": value for name, value in tensors.items()} if sharded else {}
         words |= {"optimizer": plain} if sharded else {}
+        failpoint("before_shard")
         write_tensors(folder / _rank_file(accelerator.process_index), generators | own, words)
-        failpoint("shard")
 
     best = trainer.guards.best_step
     folder = trainer.checkpoints.save(step, write, keep=() if best is None else (best,))
@@ -110,16 +113,21 @@ def find_checkpoint(trainer: PPOTrainer, where: str | Path | bool) -> Path:
     Raises:
         ValueError: there is none, or none is whole.
     """
-    said: list[str | None] = [None, None]
+    return Path(_by_main(trainer, lambda: str(_find(trainer, trainer.run_dir if where is True else Path(where)))))
+
+
+def _by_main(trainer: PPOTrainer, look: Callable[[], Any]) -> Any:
+    """What the main process finds, for all: the others need not read every file as well. Its error is everybody's."""
+    said: list[Any] = [None, None]
     if trainer.accelerator.is_main_process:
         try:
-            said[0] = str(_find(trainer, trainer.run_dir if where is True else Path(where)))
+            said[0] = look()
         except ValueError as error:
-            said[1] = str(error)
+            said[1] = error
     broadcast_object_list(said)
-    if said[0] is None:
-        raise ValueError(said[1])
-    return Path(said[0])
+    if said[1] is not None:
+        raise said[1]
+    return said[0]
 
 
 def _find(trainer: PPOTrainer, place: Path) -> Path:
@@ -138,21 +146,24 @@ def load_checkpoint(trainer: PPOTrainer, folder: Path) -> int:
     Raises:
         ValueError: a file is missing or altered, or it is of another run (see `fingerprint`).
     """
-    files = set(verify(folder))
+    files = set(_by_main(trainer, lambda: verify(folder)))
     for name in ("state.json", "before.json"):
         if name not in files:
             raise Damaged(f"{folder} is no checkpoint of a run: {name} is missing")
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    require_same(state["fingerprint"], trainer.fingerprint, str(folder), trainer.allow_change)
+    made = state["fingerprint"]
+    require_same(made, trainer.fingerprint, str(folder), trainer.allow_change)
     accelerator = trainer.accelerator
+    sharded = distributed.optimizer_is_sharded(accelerator, trainer.optimizer)
+    if sharded != state["sharded"] or (sharded and made["world_size"] != accelerator.num_processes):
+        raise ValueError(
+            f"{folder}: the state of its optimizer is that of {made['world_size']} processes with {made['engine']}, "
+            "and fits no others, whatever --allow-change says"
+        )
     distributed.load_trained_weights(accelerator, trainer.prepared, _read_weights(trainer.policy, folder, files))
     rank = _rank_file(accelerator.process_index)
     generators, words = read_tensors(folder / rank) if rank in files else ({}, {})  # a process that was not there then
-    if distributed.optimizer_is_sharded(accelerator, trainer.optimizer) != state["sharded"]:
-        raise ValueError(f"{folder}: the state of its optimizer fits engine {state['fingerprint']['engine']} alone")
-    if state["sharded"]:
-        if state["fingerprint"]["world_size"] != accelerator.num_processes:
-            raise ValueError(f"{folder}: its optimizer is in {state['fingerprint']['world_size']} parts")
+    if sharded:
         own = {n.removeprefix("optimizer/"): v for n, v in generators.items() if n.startswith("optimizer/")}
         distributed.load_optimizer_state(accelerator, trainer.optimizer, own, words["optimizer"])
     else:
@@ -163,6 +174,9 @@ def load_checkpoint(trainer: PPOTrainer, folder: Path) -> int:
         getattr(trainer, name).load_state_dict(state["parts"][name])
     trainer.seconds_before = state["seconds"]
     trainer.before = _evaluation(json.loads((folder / "before.json").read_text(encoding="utf-8")))
+    if made["held_out"] != trainer.fingerprint["held_out"]:
+        trainer.before = None  # of other rows: nothing can be compared with it
+        trainer.guards.forget_best()
     if generators:
         set_random_state(generators, words)
     return int(state["step"])

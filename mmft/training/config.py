@@ -128,6 +128,8 @@ class PPOConfig:
             raise ValueError(
                 f"prompts_per_step={self.prompts_per_step} is not divisible by num_mini_batches={self.num_mini_batches}"
             )
+        if self.patience is not None and not self.eval_steps:
+            raise ValueError(f"patience={self.patience} counts evaluations: set eval_steps (eval.every)")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: sampling needs a temperature above 0")
 

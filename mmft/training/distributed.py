@@ -6,7 +6,9 @@ the weights are whole, how a gradient becomes a step, and what there is to save.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -21,6 +23,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mmft.batch import TokenOutputs
 from mmft.training.config import PPOConfig
@@ -74,6 +77,8 @@ def _settle_deepspeed(plugin, config: PPOConfig) -> None:
         raise ValueError(
             f"zero_stage: {plugin.zero_stage} is not supported: 1, 2 or 3 (0 is accelerate_configs/ddp.yaml)"
         )
+    # transformers would load every later model (a judge, a second trainer's) in pieces.
+    unset_hf_deepspeed_config()
     plugin.deepspeed_config |= {
         # No loader is prepared, so it could not guess; the update counts its own tokens and microbatches.
         "train_micro_batch_size_per_gpu": 1,
@@ -145,6 +150,8 @@ def _shard(accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Opti
     from torch.distributed.fsdp import fully_shard
     from torch.utils import _pytree
 
+    if getattr(policy.model, "is_loaded_in_8bit", False):  # whose scales hang on the very parameter that is replaced
+        raise ValueError("model.quantize: int8 weights cannot be FSDP2's shards: take nf4, or DDP or ZeRO to run in")
     if TokenOutputs not in _pytree.SUPPORTED_NODES:
         _pytree.register_dataclass(TokenOutputs)  # on whose tensors it hangs its backward pass
     names = {id(p): n for n, p in policy.named_parameters()}
@@ -212,9 +219,7 @@ def _gathered(engine) -> Iterator[None]:
 @contextmanager
 def _unsharded(policy) -> Iterator[None]:
     """FSDP2. A layer that is called by itself would give its weights away after the call."""
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    parts = _parts(policy)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -224,6 +229,13 @@ def _unsharded(policy) -> Iterator[None]:
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(part is not policy, recurse=False)
+
+
+def _parts(policy: nn.Module) -> list[Any]:
+    """What FSDP2 brings and gives away as one: the layers, and the policy around them."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
 # ---------------------------------------------------------------- a step
@@ -384,6 +396,9 @@ def _put(accelerator: Accelerator, parameter: nn.Parameter, value: Tensor) -> No
 
 
 def _trained(accelerator: Accelerator, prepared: nn.Module) -> dict[str, nn.Parameter]:
+    if _engine(accelerator) == "fsdp2":
+        for part in _parts(prepared):
+            part.reshard()  # a forward pass without its backward leaves the outermost part whole
     return {n: p for n, p in accelerator.unwrap_model(prepared).named_parameters() if p.requires_grad}
 
 
@@ -455,6 +470,15 @@ def _slots(optimizer) -> list[Tensor]:
 
 
 def close() -> None:
-    """Leaves the group of processes, at the end of a run."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """Ends this process well, where it is one of several and all work is done; else does nothing.
+
+    After the last of what is to happen at exit, but without the interpreter's own farewell: now and then a thread of
+    gloo outlives it, and a process that has done all its work aborts ("terminate called without an active exception").
+    """
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.barrier()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -33,7 +33,7 @@ def generate_with(
         engine: "native" (`mmft.vlm.generate`), "hf" (`model.generate`), or vLLM.
         num_generations, max_new_tokens: G, and T at most.
         temperature: of sampling; 0 takes the likeliest token.
-        seed: of the draws, together with the rows' ids. The same seed draws differently in each engine.
+        seed: of the draws, together with the rows' ids. vLLM draws differently from the others.
     """
     if engine == "native":
         return generate(policy, prompts, num_generations, max_new_tokens, temperature, seed)

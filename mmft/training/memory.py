@@ -162,7 +162,7 @@ def _phases(recipe, config, policy, trace, rows, base, ranks, zero, device) -> l
     kept = trace.features * (min(rows, config.max_steps * config.prompts_per_step) // ranks)
     kept = min(kept, config.cache_bytes) if policy.tower_frozen else 0
     phases = [Phase("load", base, loading, added)]
-    factor = heap_factor(recipe) if device == "cpu" else 1.0
+    factor = heap_factor() if device == "cpu" else 1.0
     largest = max(segment.small for segment in trace.segments)
     kept_heap = int(largest * factor * _KEPT) if factor > 1 else 0
     for segment in trace.segments:
@@ -233,7 +233,7 @@ def _cache_bytes(policy: Policy) -> int:
 def _advice(recipe, config: PPOConfig, policy: Policy, peak: Phase, ranks: int, device: str) -> list[tuple[str, int]]:
     """What lowers the peak, the most first."""
     found: list[tuple[str, int]] = []
-    heap = heap_factor(recipe) if device == "cpu" else 1.0
+    heap = heap_factor() if device == "cpu" else 1.0
     share = config.prompts_per_step // ranks
     micro = min(config.micro_prompts or share, share // config.num_mini_batches)
     if peak.name == "update":
@@ -260,10 +260,8 @@ def _advice(recipe, config: PPOConfig, policy: Policy, peak: Phase, ranks: int, 
     return sorted((f for f in found if f[1] > MIB), key=lambda f: -f[1])
 
 
-def heap_factor(recipe) -> float:
-    """1 where the C library maps every large block by itself: asked by the environment, or by a quantised model."""
-    if recipe.model.quantize:
-        return 1.0
+def heap_factor() -> float:
+    """1 where the environment has the C library map every large block by itself."""
     return 1.0 if int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 1 << 30)) <= _MAPPED else _HEAP
 
 
@@ -290,6 +288,8 @@ def _base(file: str) -> None:
     from reward_models import DocumentFrequencies
 
     recipe = load_recipe(file)
+    if recipe.model.quantize or recipe.train.optimizer == "adamw_8bit":
+        import bitsandbytes  # noqa: F401
     train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
     frequencies = DocumentFrequencies.from_references(train.references())
     kept = [rewards_of(recipe, frequencies), caption_metrics(frequencies, held_out), ghost_policy(recipe)]

@@ -32,12 +32,12 @@ from mmft.vlm import attention as engine_attention
 from mmft.vlm.generate import generate
 from mmft.vlm.load import DTYPES, build_policy, resolve, tune
 from mmft.vlm.policy import Policy
-from mmft.vlm.quantised import IN_FULL
+from mmft.vlm.quantised import IN_FULL, LARGE_BLOCK
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 # Decoding is alike from token to token but for the cache, which `memory.py` adds: so few are enough.
 _DECODED = 3
-HEAP_BLOCK = 32 << 20  # glibc maps larger blocks by themselves, and gives them back
+HEAP_BLOCK = 32 << 20  # glibc maps larger blocks by themselves, and gives them back; see also `LARGE_BLOCK`
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Segment:
     Attributes:
         phase: of the plan.
         peak: kind ("activations", "logits", "gradients") -> bytes held when the sum was highest.
-        small: how many of those bytes lay in blocks below `HEAP_BLOCK`, gradients not counted.
+        small: how many of those bytes lay in blocks of the heap, gradients not counted.
     """
 
     phase: str
@@ -60,11 +60,12 @@ class Ghosts(TorchDispatchMode):
 
     Args:
         vocabulary: V; whatever ends in this dimension is counted as logits.
+        heap_block: bytes; smaller blocks lie in the heap.
     """
 
-    def __init__(self, vocabulary: int):
+    def __init__(self, vocabulary: int, heap_block: int = HEAP_BLOCK):
         super().__init__()
-        self.vocabulary = vocabulary
+        self.vocabulary, self.heap_block = vocabulary, heap_block
         self.live: Counter[str] = Counter()
         self.segments: list[Segment] = []
         self._known: dict[int, tuple[str, int]] = {}  # storage -> kind, bytes
@@ -94,7 +95,7 @@ class Ghosts(TorchDispatchMode):
         old, size = self._known.get(key, (kind, 0))
         self.live[old] -= size
         self.live[kind] += size
-        if kind == "gradients" != old and size < HEAP_BLOCK:
+        if kind == "gradients" != old and size < self.heap_block:
             self._small -= size
         self._known[key] = kind, size
 
@@ -108,7 +109,7 @@ class Ghosts(TorchDispatchMode):
         self._dying[key] = weakref.ref(storage, partial(self._freed, key))
         self.live[kind] += size
         self._now += size
-        self._small += size * (size < HEAP_BLOCK)
+        self._small += size * (size < self.heap_block)
         if self._now > self._highest:
             self._highest = self._now
             self.segments[-1].peak, self.segments[-1].small = dict(self.live), self._small
@@ -118,7 +119,7 @@ class Ghosts(TorchDispatchMode):
         del self._dying[key]
         self.live[kind] -= size
         self._now -= size
-        if kind != "gradients" and size < HEAP_BLOCK:
+        if kind != "gradients" and size < self.heap_block:
             self._small -= size
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -330,7 +331,9 @@ def trace_step(policy: Policy, config: PPOConfig, prompt: PromptBatch, prompts: 
 
     accelerator = Accelerator(cpu=True)
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    ghosts = Ghosts(policy.head.weight.shape[0])
+    policy.largest_gradient = torch.zeros(())  # as where it is kept track of; see `distributed.py`
+    quantised = any(isinstance(module, QuantisedLinear) for module in policy.modules())
+    ghosts = Ghosts(policy.head.weight.shape[0], LARGE_BLOCK if quantised else HEAP_BLOCK)
     ghosts.ignore([*policy.parameters(), *policy.buffers()])
     for reference in policy._reference:
         ghosts.ignore([*reference.parameters(), *reference.buffers()])

@@ -20,6 +20,7 @@ from mmft.data.scenes import attribute_claims
 from mmft.evaluation.captioning import score_captions
 from mmft.evaluation.report import write_report
 from mmft.hub import UNPUBLISHED, PublishError, push
+from mmft.training import distributed
 from mmft.training.config import from_recipe
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
 from mmft.training.monitor import Monitor
@@ -54,6 +55,7 @@ def run(recipe, resume: str | None = None, allow_change: Sequence[str] = ()) -> 
         if trainer.accelerator.is_main_process:
             trainer.policy.processor.save_pretrained(trainer.run_dir / "processor")
             publish(recipe)
+        distributed.close()
         return summary
 
 

@@ -526,10 +526,12 @@ class PPOTrainer:
         gathered = {k: self.accelerator.gather(v.to(scores.device).contiguous()) for k, v in per_response.items()}
         metrics = {k: float(v[~v.isnan()].mean()) if (~v.isnan()).any() else float("nan") for k, v in gathered.items()}
         kept = gathered["reward"][~gathered["reward"].isnan()]
-        metrics["reward_std"] = float(kept.std(unbiased=False)) if len(kept) else 0.0
-        if metrics["reward_std"] == 0.0 and not self._told_equal:
+        equal = not len(kept) or bool(kept.min() == kept.max())  # the deviation of ten times 0.7 is not 0 in float32
+        metrics["reward_std"] = 0.0 if equal else float(kept.std(unbiased=False))
+        if equal and not self._told_equal and self.accelerator.is_main_process:
             self._told_equal = True
-            warnings.warn(f"all {len(kept)} rewards of a step are equal: it taught nothing (said once)", stacklevel=2)
+            what = f"all {len(kept)} rewards of a step are equal" if len(kept) else "all responses were dropped"
+            warnings.warn(f"{what}: it taught nothing (said once)", stacklevel=2)
         metrics |= self._shares(rollout)
         metrics["tokens"] = float(gathered["response_length"].sum())
         if rollout.old.values is not None and self.config.critic != "none":

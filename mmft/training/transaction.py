@@ -144,13 +144,13 @@ def sha256(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8. Raises NotSaved naming the file and its bytes."""
-    _write(path, len(text), lambda: path.write_text(text, encoding="utf-8"))
+    attempt(path, len(text), lambda: path.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, Any] | None = None) -> None:
     """A safetensors file, with plain (JSON) data in its header. Raises NotSaved naming the file and its bytes."""
     size = sum(t.nbytes for t in tensors.values())
-    _write(path, size, lambda: save_file(dict(tensors), path, {"plain": json.dumps(plain or {})}))
+    attempt(path, size, lambda: save_file(dict(tensors), path, {"plain": json.dumps(plain or {})}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -160,7 +160,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, plain
 
 
-def _write(path: Path, size: int, write: Callable[[], Any]) -> None:
+def attempt(path: Path, size: int, write: Callable[[], Any]) -> None:
+    """Calls `write`. Raises NotSaved naming the file, its bytes and the disk's, where it cannot."""
     try:
         write()
     except (OSError, SafetensorError) as error:

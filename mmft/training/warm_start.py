@@ -46,9 +46,9 @@ def warm_start(recipe, rows, folder: str | Path, resume: bool = False) -> Path:
     from mmft.training.supervised import LeaveWhenAsked, ResumableSFTTrainer
 
     options = recipe.warm_start
-    model, processor = load_model(
-        recipe.model.name, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code
-    )
+    loading = {"dtype": recipe.model.dtype, "trust_remote_code": recipe.model.trust_remote_code}
+    quantize = recipe.model.quantize if options.tune == "lora" else None  # all weights are trained in full precision
+    model, processor = load_model(recipe.model.name, quantize, **loading)
     pictures = Pictures(model, processor)
     end = processor.tokenizer.eos_token
     pairs = [(i, j) for i, texts in enumerate(rows.references()) for j in range(len(texts))]
@@ -66,7 +66,7 @@ def warm_start(recipe, rows, folder: str | Path, resume: bool = False) -> Path:
     peft_config = None
     if options.tune == "lora":
         lora = recipe.model.lora
-        peft_config = lora_config(model, lora.r, lora.alpha, lora.dropout, lora.target)
+        peft_config = lora_config(model, lora.r, lora.alpha, lora.dropout, lora.target, lora.dora, lora.rslora)
     identity = {"seed": recipe.seed, "dataset": rows_digest(rows), "base_model": weights_digest(model)}
     identity |= options.model_dump(exclude={"save_every"}) | {"lora": recipe.model.lora.model_dump()}
     beside = folder.with_name(f"{folder.name}_checkpoints")
@@ -97,6 +97,9 @@ def warm_start(recipe, rows, folder: str | Path, resume: bool = False) -> Path:
         processing_class=processor,
         peft_config=peft_config,
     )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad and quantize is not None:
+            parameter.data = parameter.data.float()  # TRL makes adapters of quantised weights half ones
     accelerator = trainer.accelerator
     together = Together(accelerator)
     trainer.checkpoints = Checkpoints(beside, 2, accelerator.is_main_process, together.agree)
@@ -115,6 +118,8 @@ def warm_start(recipe, rows, folder: str | Path, resume: bool = False) -> Path:
         raise Interrupted(leaving.asked)
     trained = accelerator.unwrap_model(trainer.model)
     if peft_config is not None:
+        if quantize is not None:
+            trained = _on_whole_weights(trained, load_model(recipe.model.name, **loading)[0])
         trained = trained.merge_and_unload()
 
     def write(place: Path) -> None:
@@ -125,6 +130,15 @@ def warm_start(recipe, rows, folder: str | Path, resume: bool = False) -> Path:
     commit(folder, write, accelerator.is_main_process, together.agree)
     trainer.checkpoints.clear()
     return folder
+
+
+def _on_whole_weights(adapted: torch.nn.Module, base: torch.nn.Module) -> torch.nn.Module:
+    """The same adapters on weights that are not quantised: merged into 4 bits they would be lost in the rounding."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    whole = get_peft_model(base, adapted.peft_config["default"])
+    set_peft_model_state_dict(whole, get_peft_model_state_dict(adapted))
+    return whole
 
 
 def _images(row: dict[str, Any]) -> list[Any]:

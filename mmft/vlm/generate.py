@@ -51,7 +51,7 @@ def generate(
     require_room(policy, prompts, max_new_tokens)
     if temperature > 0 and seed is None:
         raise ValueError("sampling needs a seed")
-    if not policy.shared_prefix:  # whose draws come from one stream for the whole batch
+    if not policy.shared_prefix:
         from mmft.vlm.plain import plain_generate
 
         return plain_generate(policy, prompts, num_generations, max_new_tokens, temperature, seed)
@@ -129,13 +129,13 @@ def _choose(logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Te
     below = logits.sub_(highest).clamp_min_(-1e30)
     weights = below.exp()
     total = weights.sum(-1, keepdim=True)
-    token = likeliest if uniforms is None else _invert(weights, uniforms)
+    token = likeliest if uniforms is None else invert(weights, uniforms)
     normaliser = total.log()
     entropy = normaliser.squeeze(-1) - torch.linalg.vecdot(weights, below) / total.squeeze(-1)
     return token.squeeze(-1), (below.gather(-1, token) - normaliser).squeeze(-1), entropy
 
 
-def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """(A, 1) tokens: the first at which the running sum of (A, V) weights passes the share ``uniforms`` of all.
 
     In two stages, block and token, so that the running sums can be in fp64: over a vocabulary of 150,000 the rounding

@@ -72,7 +72,7 @@ def process(processor: Any, text: str, media: Media, row_id: str) -> Mapping[str
         options |= _sound_options(processor, media["audio"], row_id)
     try:
         return (processor if media else tokenizer)(text=[text], **options)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, LookupError) as error:
         has = ", ".join(f"{len(values)} {NAMES[name]}" for name, values in media.items()) or "no pictures"
         raise ValueError(f"row {row_id}: the processor refused it ({has}): {error}") from error
 

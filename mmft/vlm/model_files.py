@@ -21,7 +21,7 @@ def check_model(name: str) -> None:
         # transformers would load the base model that the file names, and the adapter unchecked.
         base = _object(adapter, f"{where}: {ADAPTER}").get("base_model_name_or_path")
         raise ValueError(f"{where} holds an adapter ({ADAPTER}), expected a whole model, such as its base: {base}")
-    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) and any(Path(name).glob("*.bin")):
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors*")) and any(Path(name).glob("*.bin")):
         raise ValueError(
             f"{where} has its weights in a pickle (.bin), which may run code and is not read; expected safetensors "
             "(in transformers, save_pretrained writes them)"

@@ -255,7 +255,15 @@ class Pictures:
             shape = tuple((k, tuple(v.shape), str(v.dtype)) for k, v in sorted(same[0].tensors.items()))
             by_shape.setdefault(shape, []).append(same)
         for alike in by_shape.values():
-            for same, features in zip(alike, self._tower([s[0] for s in alike], model or self.model), strict=True):
+            try:
+                found = self._tower([same[0] for same in alike], model or self.model)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, IndexError) as error:  # of sizes that a family's code was not written for
+                shown = {id(same[0]) for same in alike}
+                ids = [i for i, record in zip(batch.row_ids, batch.visuals, strict=True) if id(record) in shown]
+                raise RuntimeError(f"row {', '.join(ids)}: the model refused what it shows: {error}") from error
+            for same, features in zip(alike, found, strict=True):
                 self.encoded += 1
                 for record in same:
                     record.features = features

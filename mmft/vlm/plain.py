@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mmft.batch import PromptBatch, Responses, TokenOutputs
 from mmft.vlm.decoder import backbone, text_decoder
 from mmft.vlm.families import Family
+from mmft.vlm.generate import draws, invert
 from mmft.vlm.logprobs import Distribution
 from mmft.vlm.pictures import media_types
 
@@ -73,23 +74,21 @@ def plain_generate(
     mask = mask.repeat_interleave(group, 0)
     pad_id = policy.tokenizer.pad_token_id if policy.tokenizer.pad_token_id is not None else policy.end_ids[0]
     ids = torch.where(mask, ids, pad_id)
-    sampling = (
-        {"do_sample": False}
-        if temperature == 0
-        else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    )
     options = GenerationConfig(
-        **sampling,
+        do_sample=False,
         max_new_tokens=length,
         suppress_tokens=policy.banned_ids.tolist() or None,
         pad_token_id=pad_id,
         eos_token_id=policy.end_ids,
     )
+    chosen = LogitsProcessorList()
+    if temperature > 0:
+        uniforms = draws(prompts.row_ids, group, length, seed).to(policy.device)
+        chosen.append(_Drawn(uniforms, temperature))
     was_training = policy.training
     policy.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
-            torch.manual_seed(row_seed(prompts.row_ids, seed))
+        with torch.no_grad():
             written = policy.model.generate(
                 input_ids=ids,
                 attention_mask=mask.long(),
@@ -97,6 +96,7 @@ def plain_generate(
                 # A configuration of its own: the checkpoint's may hold a repetition penalty or a top-k, and then the
                 # distribution sampled from would not be the one that log-probs are of.
                 generation_config=options,
+                logits_processor=chosen,
             )[:, ids.shape[1] :]
             is_end = torch.isin(written, torch.tensor(policy.end_ids, device=written.device))
             response_mask = is_end.long().cumsum(-1) - is_end.long() == 0
@@ -104,6 +104,23 @@ def plain_generate(
             return responses, policy(prompts, responses, temperature or 1.0, entropy=True)
     finally:
         policy.train(was_training)
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves of each row the one token that its own draw points at, for greedy search to take.
+
+    `generate` itself would draw for all rows of the batch from one stream, and a row's response would depend on what
+    it is sampled with.
+    """
+
+    def __init__(self, uniforms: Tensor, temperature: float):
+        self.uniforms, self.temperature, self.t = uniforms, temperature, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        weights = (scores.float() / self.temperature).softmax(-1)
+        token = invert(weights, self.uniforms[:, self.t])
+        self.t += 1
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
 
 def _last_hidden(model: nn.Module, family: Family, **inputs: Any) -> Tensor:
@@ -119,7 +136,7 @@ def _last_hidden(model: nn.Module, family: Family, **inputs: Any) -> Tensor:
 
 
 def row_seed(row_ids: list[str], seed: int | None) -> int:
-    """One seed for a batch, different for other rows: `generate` draws for the whole batch from one stream."""
+    """One seed for an engine that draws for a whole batch from one stream, different for other rows."""
     digest = hashlib.blake2b("\n".join([str(seed), *row_ids]).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from mmft.vlm.families import CONNECTORS
 
+LARGE_BLOCK = 256 << 10  # bytes; on a CPU larger ones are mapped by themselves
+_MMAP_THRESHOLD = -3  # glibc's number of that option
 # Not quantised: the head, whose logits are the policy, and the connector, which is small and may be trained.
 IN_FULL = [rf".*\b{name.replace('.', '[.]')}" for name in ("lm_head", *CONNECTORS)]
 
@@ -50,8 +52,16 @@ def read_tensor_by_tensor() -> Iterator[None]:
 
     with mock.patch.object(modeling_utils, "safe_open", read):
         yield
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _give_freed_memory_back()
+
+
+def _give_freed_memory_back() -> None:
+    """Has glibc return every large block when it is freed, from now on. Else holes between activations stay with the
+    process, and they come to more than the quantised weights; it costs page faults (see docs/memory.md)."""
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_MMAP_THRESHOLD, LARGE_BLOCK)
+        libc.malloc_trim(0)
 
 
 def compute_as_in_training(model: nn.Module) -> None:

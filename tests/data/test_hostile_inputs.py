@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import zlib
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -17,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data.clips import write_clip, write_sound
-from data.hostile import data_folder, png_bomb, png_header, saved, sixteen_kinds, smooth
+from data.hostile import data_folder, png, png_bomb, png_header, saved, sixteen_kinds, smooth
 from PIL import Image
 
-from mmft.data import Clips, OpenedRows, Sounds, UsableRows, load_rows, opened_here
+from mmft.data import Clips, OpenedRows, Sounds, UsableRows, check_rows, load_rows, opened_here
 from mmft.data.rows import PICTURES, FileRows, open_picture, write_skipped
 from mmft.data.video import check_clip
 from reward_models.preference.pairs import read_pairs
@@ -91,6 +92,15 @@ def test_bad_rows_are_an_error_that_lists_them_or_are_left_out_and_counted(tmp_p
     assert {line["row"] for line in said} == bad and {line["split"] for line in said} == {"train"}
     assert all(kinds[line["row"]] in line["reason"] for line in said)
     assert f"{len(bad)} of train, 0 of eval" in capsys.readouterr().err
+
+
+def test_what_only_decoding_shows_is_found_by_decoding(tmp_path):
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in smooth()))
+    (tmp_path / "a.png").write_bytes(png(40, 24, 8, 2, pixels[: len(pixels) // 2]))  # its checksums are right
+    rows = FileRows([{"id": "a", "prompt": "", "picture": "a.png", "references": ["x"]}], tmp_path)
+    check_rows(rows, decode=0)
+    with pytest.raises(ValueError, match="row a: picture .*a.png is damaged"):
+        check_rows(rows)
 
 
 def test_a_picture_that_breaks_later_gives_its_place_to_the_next(tmp_path):
@@ -347,6 +357,28 @@ def test_lists_and_captions_that_never_end_are_refused(tmp_path, file):
 
 
 # --- clips and sounds ------------------------------------------------------------------------------
+
+
+def test_tables_that_claim_more_frames_than_the_file_has_bytes(tmp_path):
+    """FFmpeg would set aside 70 bytes for each: 3.4 GB for the fifty million of this file."""
+    content = bytearray(write_clip(tmp_path / "a.mp4", [0, 100, 200]).read_bytes())
+    for kind, place, numbers in (
+        (b"stsz", 8, (1, 50_000_000)),  # of one byte each
+        (b"stts", 12, (50_000_000, 1)),
+        (b"stsc", 12, (1, 50_000_000, 1)),
+    ):
+        start = content.index(kind) + place
+        content[start : start + 4 * len(numbers)] = struct.pack(f">{len(numbers)}I", *numbers)
+    (tmp_path / "b.mp4").write_bytes(content)
+    for source in (tmp_path / "b.mp4", {"bytes": bytes(content), "path": None}):
+        with within(1.0), pytest.raises(ValueError, match=r"row 1 .*stsz\) claims 50000000 samples"):
+            Clips().open(source, "row 1")
+    nested = b"".join(struct.pack(">I4s", 8 * (2000 - i), b"moov") for i in range(2000))
+    with pytest.raises(ValueError, match="row 1 is no clip"):
+        Clips().open({"bytes": nested, "path": None}, "row 1")
+    boxes = struct.pack(">I4s", 8, b"free") * 200_001
+    with pytest.raises(ValueError, match="row 1 has more than 200000 boxes"):
+        Clips().open({"bytes": boxes, "path": None}, "row 1")
 
 
 def test_garbled_clips_and_sounds_end_in_frames_or_a_plain_error(tmp_path):

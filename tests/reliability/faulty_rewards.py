@@ -1,7 +1,7 @@
 """Rewards for `test_distributed_faults.py`: sound in the first step, and on rank 1 of no use from the second on."""
 
-import ctypes
 import os
+import re
 import time
 from pathlib import Path
 
@@ -34,11 +34,5 @@ def hangs(completions, folder, **columns):
 
 def holds(completions, folder, **columns):
     if _fault(folder):
-        ctypes.PyDLL(None).sleep(600)  # keeps the lock that every Python thread needs
-    return [float(len(text)) for text in completions]
-
-
-def waits_to_be_killed(completions, folder, **columns):
-    if _fault(folder):
-        time.sleep(600)
+        re.match(r"(a+)+$", "a" * 64 + "b")  # for ages, in C code that lets no other Python thread run
     return [float(len(text)) for text in completions]

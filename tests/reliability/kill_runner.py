@@ -100,22 +100,39 @@ def ppo(folder: str, overrides: list[str], name: str = "caption_ppo", resume: An
     run(recipe, resume, allow)
 
 
-def preference(folder: str, overrides: list[str], resume: bool = False) -> None:
+def a2c(folder: str, overrides: list[str], resume: Any = None) -> None:
+    ppo(folder, ["train.steps=20", *overrides], "caption_a2c", resume)
+
+
+def preference(folder: str, overrides: list[str], resume: Any = None) -> None:
     from mmft.recipe_preference import load_preference_recipe
     from mmft.training.preference import run_preference
 
     recipe = load_preference_recipe(
         ROOT / "recipes" / "train_preference.yaml", [*PREFERENCE, f"output.dir={folder}", *overrides]
     )
-    run_preference(recipe, resume)
+    run_preference(recipe, resume is not None)
 
 
-def supervised(folder: str, overrides: list[str], resume: bool = False) -> None:
+def supervised(folder: str, overrides: list[str], resume: Any = None) -> None:
     from mmft.recipe import load_recipe
     from mmft.training.run import run_supervised
 
     recipe = load_recipe(ROOT / "recipes" / "caption_sft.yaml", [*SUPERVISED, f"output.dir={folder}", *overrides])
-    run_supervised(recipe, resume)
+    run_supervised(recipe, resume is not None)
+
+
+def rotate(folder: str, start: int, stop: int) -> None:
+    """Saves and deletes as fast as it can; nothing of a training."""
+    from mmft.training.transaction import Checkpoints
+
+    def write(place: Path) -> None:
+        for name in ("one", "two", "three"):
+            (place / name).write_text(name * 1000)
+
+    checkpoints = Checkpoints(Path(folder), keep_last=2)
+    for step in range(start, stop):
+        checkpoints.save(step, write)
 
 
 # ---------------------------------------------------------------- what a run leaves behind
@@ -145,6 +162,13 @@ def result(folder: Path, last: str = "step-000060") -> dict[str, Any]:
         "ledger": lines(folder / "ledger.jsonl"),
         "summary": {k: v for k, v in summary.items() if k != "seconds"},
     }
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of every file of tensors: the results, and the checkpoints that are left."""
+    from mmft.training.transaction import sha256
+
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -181,6 +205,7 @@ def _child(
     log = Path(f"/tmp/mmft-kill-{os.getpid()}.log")
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         _work(job, log, env or {}, limit, options)
     began, start = time.monotonic(), None if once else time.monotonic()
     waiting = [tuple(pair) for pair in signals or []]

@@ -14,12 +14,19 @@ ROOT = HERE.parents[1]
 _MARK = "STARTED_BY_TEST"  # in the environment of all processes of a launch
 
 
-def start(folder: Path, script: Path, *arguments: str, processes: int = 2, **environment: str) -> subprocess.Popen:
-    """``torchrun`` with its output in ``folder/out`` and ``folder/err``."""
+def start(folder: Path, script: Path, *arguments: str, config: str | None = None) -> subprocess.Popen:
+    """Two processes by ``torchrun``, or by ``accelerate launch`` with a file of ``accelerate_configs``.
+
+    The output is in ``folder/out`` and ``folder/err``.
+    """
     paths = os.pathsep.join(str(path) for path in (HERE, HERE.parent / "training", HERE.parent, ROOT))
-    variables = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
+    variables = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     variables[_MARK] = str(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    if config is not None:
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--mixed_precision", "no"]
+        command += ["--num_processes", "2", "--main_process_port", "0"]
+        command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
     folder.mkdir(exist_ok=True)
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
         return subprocess.Popen(

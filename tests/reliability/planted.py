@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from mmft.training import distributed
 from mmft.training import rollout as stages
 from mmft.training import update as updates
 from mmft.vlm import policy as policies
@@ -98,27 +99,31 @@ def _poisoned_reference(forward, value: float):
     return poisoned
 
 
-def main(folder: Path, model: Path) -> None:
+def state(trainer) -> dict[str, torch.Tensor]:
+    """Every trained weight and every number of the optimizer, under any engine."""
+    weights = distributed.trained_weights(trainer.accelerator, trainer.prepared)
+    return weights | distributed.optimizer_state(trainer.accelerator, trainer.optimizer)[0]
+
+
+def main(folder: Path, model: Path, names: list[str]) -> None:
     """One step for each place and value, planted on rank 1 alone; each process writes down what it then saw."""
-    from test_trainer import trainer_of, weights
+    from test_trainer import trainer_of
 
     found = {}
     for place in PLACES:
-        for name, value in VALUES.items():
+        for name in names:
+            value = VALUES[name]
             trainer = trainer_of(lambda family: model, folder / "run", critic_start="zero")
-            before, said = weights(trainer), None
-            rank = trainer.accelerator.process_index
+            rank, said = trainer.accelerator.process_index, None
             trainer.step(1)
-            moments = trainer.optimizer.state_dict()["state"]
-            before, moments = weights(trainer), {k: v["exp_avg"].clone() for k, v in moments.items()}
+            before = state(trainer)
             try:
                 with planted(trainer, place, value if rank == 1 else 0.0 if place != "gradient" else 1.0):
                     trainer.step(2)
             except FloatingPointError as error:
                 said = str(error)
-            after = trainer.optimizer.state_dict()["state"]
-            same = all(torch.equal(x, before[key]) for key, x in weights(trainer).items())
-            same = same and all(torch.equal(x["exp_avg"], moments[key]) for key, x in after.items())
+            after = state(trainer)
+            same = after.keys() == before.keys() and all(torch.equal(x, before[key]) for key, x in after.items())
             found[f"{place} {name}"] = {"said": said, "unchanged": same, "rows": trainer.prompts(2).row_ids}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     trainer.accelerator.wait_for_everyone()
@@ -127,4 +132,4 @@ def main(folder: Path, model: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -9,13 +9,13 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from mmft.data import load_rows
 from mmft.data.rows import open_picture
@@ -111,38 +111,40 @@ def test_2_a_weight_map_that_leads_out(model, sung, pickled, tmp_path, name):
 
 
 CODE = {
-    "config.json": {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForMultimodalLM": "evil.Evil"}},
-    "processor_config.json": {"auto_map": {"AutoProcessor": "evil.Evil"}, "processor_class": "Evil"},
-    "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"},
-    "preprocessor_config.json": {"auto_map": {"AutoImageProcessor": "evil.Evil"}, "image_processor_type": "Evil"},
+    "model": ("config.json", {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}),
+    "processor": ("processor_config.json", {"auto_map": {"AutoProcessor": "evil.Evil"}, "processor_class": "Evil"}),
+    "tokenizer": (
+        "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"},
+    ),
+    "image processor": (
+        "processor_config.json",
+        {"image_processor": {"auto_map": {"AutoImageProcessor": "evil.Evil"}, "image_processor_type": "Evil"}},
+    ),
 }
 
 
-@pytest.mark.parametrize("file", CODE)
+@pytest.mark.parametrize("part", CODE)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "says it may"])
-def test_3_code_that_comes_with_a_model(model, sung, singer, file, nested):
+def test_3_code_that_comes_with_a_model(model, sung, singer, part, nested):
     (model / "evil.py").write_text(singer)
-    (model / "custom_generate").mkdir()
-    (model / "custom_generate" / "generate.py").write_text(singer)
-    keys = CODE[file] | ({"model_type": "evil"} if file == "config.json" else {})
-    allowed = {"trust_remote_code": True} if nested else {}
-    if not (model / file).is_file():
-        (model / file).write_text("{}")
-    change(model / file, **keys, **allowed)
-    if nested and file == "config.json":  # and in the parts of it
-        config = json.loads((model / file).read_text())
-        for part in ("text_config", "vision_config"):
-            config[part] |= CODE["config.json"] | allowed
-        (model / file).write_text(json.dumps(config))
+    file, keys = CODE[part]
+    if nested:
+        keys = keys | {"trust_remote_code": True}
+        if part == "model":
+            config = json.loads((model / file).read_text())
+            keys |= {name: config[name] | keys for name in ("text_config", "vision_config")}
+    change(model / file, **keys)
     try:
-        load_model(str(model))  # whatever transformers knows by itself it may load without the code
+        load_model(str(model))  # what transformers knows by itself may be loaded without the code
     except ValueError as error:
-        assert "model.trust_remote_code" in str(error) or file != "config.json", error
+        assert "model.trust_remote_code" in str(error)
+    else:
+        assert part == "tokenizer"
     assert not sung.exists()
-    if file == "config.json":
-        with pytest.raises(ValueError):  # there is no class Evil in it
-            load_model(str(model), trust_remote_code=True)
-        assert sung.is_dir(), "the key is the one way to run it"
+    with pytest.raises(ValueError):  # there is no class Evil in it
+        load_model(str(model), trust_remote_code=True)
+    assert sung.is_dir(), "the key is the one way to run it"
 
 
 def test_4_generation_code_beside_a_sound_model(model, sung, singer):
@@ -300,7 +302,7 @@ def test_13_tags_in_recipes_and_cards(sung, tmp_path):
     ):
         path = tmp_path / "file.yaml"
         path.write_text(text)
-        refused(lambda: load(path), sung, "tag")
+        refused(partial(load, path), sung, "tag")
 
 
 def test_14_what_a_model_writes_is_text_in_the_report(sung, tmp_path):
@@ -323,8 +325,13 @@ def test_15_pickles_that_call_themselves_pictures(sung, tmp_path, pickled):
 
 _MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 _CALLS = {"torch.load", "torch.save", "os.system", "os.popen", "eval", "exec", "yaml.load", "yaml.unsafe_load"}
-# Messages between a run and its own child, over a pair of sockets that nobody else holds.
-_ALLOWED = {("reward_models/isolation.py", "import pickle"), ("reward_models/own.py", "import pickle")}
+_ALLOWED = {
+    # Messages between a run and its own child, over a pair of sockets that nobody else holds.
+    ("reward_models/isolation.py", "import pickle"),
+    ("reward_models/own.py", "import pickle"),
+    # Markdown, which has its own way of escaping.
+    ("mmft/hub/card.py", "a template environment without autoescape=True"),
+}
 
 
 def _name(node: ast.expr) -> str:

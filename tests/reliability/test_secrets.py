@@ -13,7 +13,7 @@ import pytest
 from fake_hub import FakeHub, environment, fake_hub
 
 from mmft.recipe import load_recipe
-from mmft.recipe_secrets import HIDDEN, redact, redacted
+from mmft.recipe_secrets import HIDDEN, redact, redacted, stored_login
 
 ROOT = Path(__file__).parents[2]
 NAME = "ann/scenes-ppo"
@@ -148,6 +148,16 @@ def test_what_is_hidden(monkeypatch, tmp_path):
     }
     kept = {"token": HIDDEN, "token_env": "NAME", "list": [{"Api_Key": HIDDEN, "n": 1}]}
     assert redacted(data) == kept | {"prompt": f"say {HIDDEN}", "key": None}
+
+
+def test_the_stored_login_is_hidden(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("an-old-token-without-shape\n")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    stored_login.cache_clear()
+    try:
+        assert redact("x an-old-token-without-shape") == f"x {HIDDEN}"
+    finally:
+        stored_login.cache_clear()
 
 
 def test_the_copy_of_a_recipe_is_still_one(tmp_path):

@@ -64,6 +64,14 @@ def dies(completions, **columns):
     if how == "segfault": import ctypes; ctypes.string_at(0)
     return [float(os.getpid())] * len(completions)
 
+def dies_of_one(completions, **columns):
+    for how in completions: dies([how])
+    return [1.0] * len(completions)
+
+def hangs_on_one(completions, **columns):
+    for text in completions: time.sleep({"hang": 60, "slow": 0.4}.get(text, 0))
+    return [1.0] * len(completions)
+
 def modules(completions, **columns):
     return [float("torch" in sys.modules)] * len(completions)
 
@@ -194,6 +202,46 @@ def test_a_death_names_its_cause_and_the_next_call_works(file, how, said):
         with pytest.raises(RuntimeError, match=f"dies': its process .*{said}.* on row 0"):
             reward(completions=[how])
         assert reward(completions=["pid"]) != first
+
+
+@pytest.mark.parametrize("how", ["exit", "segfault"])
+def test_a_death_names_the_row_that_does_it(file, how):
+    with Isolated(f"{file}:dies_of_one") as reward:
+        with pytest.raises(RuntimeError, match=r"on rows 0 .*; row 2 \(id 'z'\) does it alone: the process "):
+            reward(completions=["a", "b", how, "c"], id=["x", "y", "z", "w"])
+        assert reward(completions=["a", "b"]) == [1.0, 1.0]
+
+
+def test_a_hang_names_the_row_that_does_it_and_keeps_its_time(file):
+    with Isolated(f"{file}:hangs_on_one", timeout=1.0) as reward:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"1 s for rows 0 .*; row 3 \(id 'w'\) alone got no answer in \d"):
+            reward(completions=["a", "b", "c", "hang"], id=["x", "y", "z", "w"])
+        assert time.monotonic() - began < 6.0
+        with pytest.raises(TimeoutError) as slow:  # together too slow, alone not: nobody is named
+            reward(completions=["slow"] * 4)
+        assert str(slow.value).endswith("its process was stopped")
+
+
+def test_the_search_leaves_no_process(file):
+    with Isolated(f"{file}:hangs_on_one", timeout=0.5) as reward:
+        with pytest.raises(TimeoutError):
+            reward(completions=["a", "hang"])
+    assert gone(children()), "the process that looked for the row must go, too"
+
+
+def children() -> list[int]:
+    """Direct children of this process."""
+    here = os.getpid()
+    stats = {int(p.parent.name): p for p in Path("/proc").glob("[0-9]*/stat")}
+    return [pid for pid, stat in stats.items() if parent_of(stat) == here and running(pid)]
+
+
+def parent_of(stat: Path) -> int:
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    except FileNotFoundError:
+        return 0
 
 
 def test_death_between_calls_is_mended(file):

@@ -15,6 +15,8 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+from mmft.training import distributed
+
 HERE = Path(__file__).parent
 FILES = HERE.parents[1] / "accelerate_configs"
 # engine -> launch file. Those of several GPUs or machines are launched where there are such.
@@ -136,6 +138,37 @@ def test_launch_files_are_what_the_launcher_takes(file):
     config = load_config_from_file(str(FILES / f"{file}.yaml"))  # it refuses keys that it does not know
     assert config.num_processes >= 1
     assert f"accelerate_configs/{file}.yaml" in (FILES / f"{file}.yaml").read_text()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "sgd"])
+def test_other_optimizers_train_and_resume(optimizer, tiny_model, tmp_path):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    # 8-bit AdamW keeps moments as bytes of weights of 4,096 numbers and more; of these adapters none is as large.
+    running = launched.trainer(tmp_path, tiny_model("llava"), optimizer=optimizer, learning_rate=0.01, full=True)
+    start = launched.trained(running)
+    running.step(1)
+    weights = launched.trained(running)
+    assert any(not torch.equal(start[name], weights[name]) for name in weights)
+    kept = distributed.optimizer_state(running.accelerator, running.optimizer)
+    assert any(value.dtype == torch.uint8 for value in kept[0].values()) == (optimizer == "adamw_8bit")
+    running.step(2)
+    once = launched.trained(running)
+    distributed.load_trained_weights(running.accelerator, running.prepared, weights)
+    distributed.load_optimizer_state(running.accelerator, running.optimizer, *kept)
+    running.step(2)
+    again = launched.trained(running)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_weights_of_another_model_are_refused(tiny_model, tmp_path):
+    running = launched.trainer(tmp_path, tiny_model("llava"))
+    for weights, match in (
+        ({"value_head.weights": torch.zeros(1, 64)}, "'value_head.weights' belongs to no trainable parameter"),
+        ({"value_head.weight": torch.zeros(1, 65)}, r"has shape \(1, 65\), the model's has \(1, 64\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            distributed.load_trained_weights(running.accelerator, running.prepared, weights)
 
 
 def flat(state: object) -> list[float]:

@@ -114,7 +114,8 @@ def test_a2c_and_supervised_recipes_run(tmp_path):
 
 def test_every_field_of_a_recipe_is_read():
     """By name, somewhere behind the recipe; trainer options by the name that `from_recipe` gives them."""
-    source = "\n".join(path.read_text() for path in (ROOT / "mmft" / "training").glob("*.py"))
+    places = [*(ROOT / "mmft" / "training").glob("*.py"), ROOT / "mmft" / "vlm" / "load.py"]
+    source = "\n".join(path.read_text() for path in places)
     renamed = {"steps": "max_steps", "lr_schedule": "lr_scheduler_type", "save_every": "save_steps"}
     sections = {
         "algorithm": recipes.Algorithm,

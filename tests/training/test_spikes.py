@@ -66,6 +66,8 @@ def spiked(monkeypatch, trainer, update: int, factor: float = 100.0) -> dict[str
     def loss(*args):
         if calls[0] % 2 == 0:  # of two microbatches, the first
             seen.append(state(trainer))
+            # A skipped gradient may not come in with the next one.
+            assert not any(p.grad is not None and p.grad.any() for p in trainer.policy.parameters())
         found = original(*args)
         calls[0] += 1
         return (found[0] * factor if (calls[0] - 1) // 2 == update else found[0]), found[1]

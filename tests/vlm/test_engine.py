@@ -8,7 +8,7 @@ import torch
 
 from mmft.batch import Responses
 from mmft.vlm.adapters import FoldedLora, folded
-from mmft.vlm.generate import _invert, generate
+from mmft.vlm.generate import generate, invert
 from mmft.vlm.load import build_policy, load_model, lora_config
 from mmft.vlm.logprobs import Distribution, token_logprobs
 
@@ -169,6 +169,6 @@ def test_tokens_are_drawn_where_the_running_sum_passes_the_draw(vocabulary):
     uniforms[0], uniforms[1] = 0.0, 1 - 2**-53
     cumulative = weights.double().cumsum(-1)
     expected = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)
-    drawn = _invert(weights, uniforms)
+    drawn = invert(weights, uniforms)
     assert torch.equal(drawn[2:], expected[2:])
     assert (weights.gather(-1, drawn) > 0).all()

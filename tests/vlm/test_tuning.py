@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from pathlib import Path
 
 import oracle
 import pytest
@@ -15,7 +17,7 @@ from mmft.training.checkpoint import save_adapter
 from mmft.vlm.adapters import FoldedLora
 from mmft.vlm.decoder import text_decoder
 from mmft.vlm.generate import generate
-from mmft.vlm.load import build_policy, load_model, train_last_layers, tune
+from mmft.vlm.load import build_policy, connectors, load_model, train_last_layers, tune
 from mmft.vlm.selftest import selftest
 
 FAMILIES = ("llava", "smolvlm", "qwen3_vl")
@@ -255,3 +257,32 @@ def test_quantised_weights_are_learned_on_and_stay_as_they_are(quantised, tiny_m
     error, moved = (full - now).abs().mean(), (now - start).abs().mean()
     print(f"\n{family}: learned {moved:.3f} nats, on the unquantised base {error:.3f} away")
     assert error < moved / 2
+
+
+def test_a_quantised_model_does_not_keep_its_file_in_memory(tiny_model):
+    """A mapped file counts as memory when it is read, and stays for as long as one tensor still lies in it."""
+    pytest.importorskip("bitsandbytes")
+    folder = str(tiny_model("internvl"))
+
+    def mapped() -> bool:
+        return folder in Path("/proc/self/maps").read_text()
+
+    plain = load_model(folder)
+    assert mapped()
+    del plain
+    gc.collect()
+    assert not mapped()
+    model, _ = load_model(folder, "nf4")
+    assert not mapped() and next(model.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("family", "paths"),
+    [
+        ("smolvlm", ["connector"]),
+        ("qwen3_vl", ["visual.merger", "visual.deepstack_merger_list.0", "visual.deepstack_merger_list.1"]),
+        ("blip-2", ["language_projection"]),
+    ],
+)
+def test_a_connector_is_all_of_what_stands_between_tower_and_decoder(tiny_model, family, paths):
+    assert connectors(load_model(str(tiny_model(family)))[0]) == paths
