@@ -25,10 +25,10 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from mmft.batch import TokenOutputs
 from mmft.training.config import PPOConfig
+from mmft.training.sharding import engine_of, parts_of, shard
+from mmft.training.sharding import whole as whole
 from mmft.vlm.adapters import unfold_lora
-from mmft.vlm.decoder import text_decoder
 from mmft.vlm.logprobs import score_in_head
 from mmft.vlm.policy import Policy
 
@@ -66,7 +66,7 @@ def make_accelerator(policy: Policy, config: PPOConfig) -> Accelerator:
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _settle_deepspeed(accelerator.deepspeed_plugin, config)
-    elif _engine(accelerator) == "fsdp2":
+    elif engine_of(accelerator) == "fsdp2":
         _check_fsdp(accelerator, config)
     return accelerator
 
@@ -130,7 +130,7 @@ def _parameter_groups(policy: Policy, config: PPOConfig) -> list[dict[str, Any]]
 
 def prepare(accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
     """The policy and its optimizer as this run's engine wants them."""
-    engine = _engine(accelerator)
+    engine = engine_of(accelerator)
     for reference in policy._reference:  # no part of the module, so nobody else moves it
         reference.to(accelerator.device)
     if engine == "zero3":
@@ -140,102 +140,13 @@ def prepare(accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Opt
         score_in_head(policy.model)
     _watch_gradients(policy)
     if engine == "fsdp2":
-        return _shard(accelerator, policy, optimizer), optimizer
+        return shard(accelerator, policy, optimizer), optimizer
     return accelerator.prepare(policy, optimizer)
-
-
-def _shard(accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer) -> Policy:
-    """FSDP2, layer by layer; the rest of the model is a part of its own. Here, for Accelerate does it on GPUs alone."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.utils import _pytree
-
-    if getattr(policy.model, "is_loaded_in_8bit", False):  # whose scales hang on the very parameter that is replaced
-        raise ValueError("model.quantize: int8 weights cannot be FSDP2's shards: take nf4, or DDP or ZeRO to run in")
-    if TokenOutputs not in _pytree.SUPPORTED_NODES:
-        _pytree.register_dataclass(TokenOutputs)  # on whose tensors it hangs its backward pass
-    names = {id(p): n for n, p in policy.named_parameters()}
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    policy.to(accelerator.device)
-    for layer in text_decoder(policy.model, policy.family).layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(policy, mesh=mesh)
-    policy._get_fsdp_state()._lazy_init()  # before a layer is called by itself, which would make it the root
-    shards = dict(policy.named_parameters())
-    for group in optimizer.param_groups:
-        group["params"] = [shards[names[id(p)]] for p in group["params"]]
-    return policy
 
 
 def layout(accelerator: Accelerator) -> dict[str, Any]:
     """``world_size``, and ``engine``: one, ddp, zero1, zero2, zero3 or fsdp2."""
-    return {"world_size": accelerator.num_processes, "engine": _engine(accelerator)}
-
-
-def _engine(accelerator: Accelerator) -> str:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"zero{accelerator.deepspeed_plugin.zero_stage}"
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1:
-        return "fsdp2"  # on the CPU Accelerate does not know it
-    return "one" if accelerator.num_processes == 1 else "ddp"
-
-
-@contextmanager
-def whole(accelerator: Accelerator, prepared: nn.Module) -> Iterator[None]:
-    """Every weight is whole and readable on every process meanwhile; all of them have to come in and go out together.
-
-    What is written to a weight may be lost afterwards (`load_trained_weights`). May be nested.
-    """
-    engine = _engine(accelerator)
-    if engine not in ("zero3", "fsdp2") or getattr(prepared, "is_whole", False):
-        yield
-        return
-    prepared.is_whole = True
-    try:
-        with (_gathered if engine == "zero3" else _unsharded)(prepared):
-            yield
-    finally:
-        prepared.is_whole = False
-
-
-@contextmanager
-def _gathered(engine) -> Iterator[None]:
-    """ZeRO-3. Its hooks would give a module's weights away again after the first call, so they go meanwhile."""
-    from deepspeed import zero
-
-    offload = engine.optimizer.parameter_offload
-    with zero.GatheredParameters(list(engine.module.parameters())):
-        for hook in (*offload.forward_hooks, *offload.backward_hooks):
-            hook.remove()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        for parameter in engine.module.parameters():
-            parameter.ds_active_sub_modules.clear()
-        try:
-            yield
-        finally:
-            offload._register_deepspeed_module(offload.module)
-
-
-@contextmanager
-def _unsharded(policy) -> Iterator[None]:
-    """FSDP2. A layer that is called by itself would give its weights away after the call."""
-    parts = _parts(policy)
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(part is not policy, recurse=False)
-
-
-def _parts(policy: nn.Module) -> list[Any]:
-    """What FSDP2 brings and gives away as one: the layers, and the policy around them."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    return {"world_size": accelerator.num_processes, "engine": engine_of(accelerator)}
 
 
 # ---------------------------------------------------------------- a step
@@ -264,7 +175,7 @@ def take_largest_gradient(accelerator: Accelerator, prepared: nn.Module) -> Tens
 @contextmanager
 def accumulating(accelerator: Accelerator, prepared: nn.Module, last: bool) -> Iterator[None]:
     """Around forward and backward of a microbatch: processes exchange gradients at a minibatch's ``last`` alone."""
-    engine = _engine(accelerator)
+    engine = engine_of(accelerator)
     if engine.startswith("zero"):
         prepared.set_gradient_accumulation_boundary(last)
         yield
@@ -278,7 +189,7 @@ def accumulating(accelerator: Accelerator, prepared: nn.Module, last: bool) -> I
 
 def backward(accelerator: Accelerator, prepared: nn.Module, loss: Tensor) -> None:
     """Adds the gradient of a microbatch; no more. (Accelerate's own takes DeepSpeed's step along.)"""
-    if _engine(accelerator).startswith("zero"):
+    if engine_of(accelerator).startswith("zero"):
         prepared.backward(loss)
     else:
         accelerator.backward(loss)
@@ -286,11 +197,11 @@ def backward(accelerator: Accelerator, prepared: nn.Module, loss: Tensor) -> Non
 
 def gradient_norm(accelerator: Accelerator, prepared: nn.Module, longest: float) -> Tensor:
     """Length of the whole gradient, the same on every process; the coming step is shortened to ``longest``."""
-    if _engine(accelerator).startswith("zero"):
+    if engine_of(accelerator).startswith("zero"):
         norm = torch.as_tensor(_zero_norm(prepared.optimizer), dtype=torch.float32)
         return torch.where(norm >= 0, norm, torch.nan)  # DeepSpeed says -1 where it is not finite
     trained = [p for p in prepared.parameters() if p.requires_grad]
-    if _engine(accelerator) == "fsdp2":
+    if engine_of(accelerator) == "fsdp2":
         return nn.utils.clip_grad_norm_(trained, longest).full_tensor().float()
     return torch.as_tensor(accelerator.clip_grad_norm_(trained, longest), dtype=torch.float32)
 
@@ -305,7 +216,7 @@ def _zero_norm(zero) -> Tensor | float:
 
 def apply_gradient(accelerator: Accelerator, prepared: nn.Module, optimizer) -> None:
     """The optimizer's step, and no gradient after it."""
-    if _engine(accelerator).startswith("zero"):
+    if engine_of(accelerator).startswith("zero"):
         prepared.step()
     else:
         optimizer.step()
@@ -314,7 +225,7 @@ def apply_gradient(accelerator: Accelerator, prepared: nn.Module, optimizer) -> 
 
 def drop_gradient(accelerator: Accelerator, prepared: nn.Module, optimizer) -> None:
     """Forgets the gradient of a minibatch without a step."""
-    engine = _engine(accelerator)
+    engine = engine_of(accelerator)
     if not engine.startswith("zero"):
         optimizer.zero_grad(set_to_none=True)
         return
@@ -340,7 +251,7 @@ def trained_weights(accelerator: Accelerator, prepared: nn.Module) -> dict[str, 
 
     In the precision that the optimizer works in: of weights that ZeRO keeps twice, the fp32 ones.
     """
-    full = _full_copy(_engine(accelerator))
+    full = _full_copy(engine_of(accelerator))
     return {name: full(p).cpu().clone().contiguous() for name, p in _trained(accelerator, prepared).items()}
 
 
@@ -373,7 +284,7 @@ def load_trained_weights(accelerator: Accelerator, prepared: nn.Module, weights:
 
 
 def _put(accelerator: Accelerator, parameter: nn.Parameter, value: Tensor) -> None:
-    engine = _engine(accelerator)
+    engine = engine_of(accelerator)
     if engine == "fsdp2":
         from torch.distributed.tensor import distribute_tensor
 
@@ -396,15 +307,15 @@ def _put(accelerator: Accelerator, parameter: nn.Parameter, value: Tensor) -> No
 
 
 def _trained(accelerator: Accelerator, prepared: nn.Module) -> dict[str, nn.Parameter]:
-    if _engine(accelerator) == "fsdp2":
-        for part in _parts(prepared):
+    if engine_of(accelerator) == "fsdp2":
+        for part in parts_of(prepared):
             part.reshard()  # a forward pass without its backward leaves the outermost part whole
     return {n: p for n, p in accelerator.unwrap_model(prepared).named_parameters() if p.requires_grad}
 
 
 def optimizer_is_sharded(accelerator: Accelerator, optimizer) -> bool:
     """Whether each process holds another part of the optimizer's state; else the first one's is everybody's."""
-    return _engine(accelerator) not in ("one", "ddp")
+    return engine_of(accelerator) not in ("one", "ddp")
 
 
 def optimizer_state(accelerator: Accelerator, optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

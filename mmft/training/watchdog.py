@@ -35,7 +35,7 @@ FAILED = 1  # exit code after an error in training
 TIMED_OUT = 124  # exit code of the watchdog, as of coreutils' `timeout`
 _BEAT = 1.0  # seconds between looks
 _GRACE = 5.0  # seconds that a process has to end by itself after another has failed
-_FALLBACK = 10.0  # seconds past the limit after which faulthandler ends what this thread could not
+_FALLBACK = 8.0  # seconds past the limit after which faulthandler ends what this thread could not
 _STORE_GONE = (RuntimeError, OSError)
 
 
@@ -119,7 +119,9 @@ class Watchdog:
                     self._end(f"{self._me(now)} was ended, because {first['text']}", first["code"], stacks=False)
             elif self.limit and time.monotonic() - now.began > self.limit:
                 faulthandler.dump_traceback_later(_FALLBACK, exit=True, file=sys.__stderr__)
-                self._end(self._late(now), TIMED_OUT)
+                line = self._late(now)
+                if self._open[-1:] == [now]:  # looking around took seconds: it may have gone on meanwhile
+                    self._end(line, TIMED_OUT)
 
     def _beat(self, now: _Open) -> dict[str, Any] | None:
         """Says where this process is; returns the first failure of the run, if there is one."""
@@ -152,9 +154,11 @@ class Watchdog:
             return [(self.rank, "")]
         try:
             earlier = self.board.entries()
-            self._pause()
+            for _ in range(3):  # as long as any process needs for a beat; the own ones go on, for others look, too
+                time.sleep(_BEAT)
+                self._beat(self._open[-1])
             entries = self.board.entries()
-        except _STORE_GONE:
+        except (*_STORE_GONE, IndexError):  # no phase is open any more
             return []
 
         def order(rank: int) -> tuple[bool, int, bool]:
@@ -163,12 +167,6 @@ class Watchdog:
 
         least = min(order(rank) for rank in entries)
         return [(rank, _doing(entry, not least[0])) for rank, entry in entries.items() if order(rank) == least]
-
-    def _pause(self) -> None:
-        """As long as any process needs for a beat; the own ones go on, for the others look as well."""
-        for _ in range(3):
-            time.sleep(_BEAT)
-            self._beat(self._open[-1])
 
     def _tell(self, error: Exception) -> None:
         """Makes an error the first cause of the run, unless there is one already: then it gets that as a note."""

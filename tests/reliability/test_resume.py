@@ -85,9 +85,10 @@ def test_row_7_a_full_disk_costs_nothing_but_time(runner, short, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_row_8_a_signal_saves_and_the_run_goes_on_later(runner, short, tmp_path, number):
     once = {"once": str(tmp_path / "checkpoints" / "step-000002"), "signals": [(0.05, number)]}
-    began = time.monotonic()
     code, output = runner.run("ppo", folder=str(tmp_path), overrides=PPO_SHORT, **once)
-    assert code == 128 + number and time.monotonic() - began < 60
+    waited = time.time() - (tmp_path / "checkpoints" / "step-000002").stat().st_mtime - 0.05
+    assert code == 128 + number and waited < 30
+    print(f"row 8: {number.name}: saved and ended with code {code} after {waited:.1f} s")
     said = output[output.index(f"ended by {number.name} after step") :]
     step = int(said.split("after step ")[1].split(":")[0])
     assert f"saved {tmp_path}/checkpoints/step-{step:06d}; go on by --resume" in said.replace("\n", "")
@@ -113,11 +114,11 @@ def test_row_8_a_second_signal_does_not_wait(runner, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     overrides = [*PPO_SHORT, f"rewards=[{{name: '{tmp_path / 'slow.py'}:slow'}}]"]
     called = {"once": str(tmp_path / "slow.py.called"), "signals": [(0.5, signal.SIGTERM), (2.0, signal.SIGTERM)]}
-    began = time.time()
     code, output = runner.run("ppo", folder=str(tmp_path / "run"), overrides=overrides, **called)
     waited = time.time() - (tmp_path / "slow.py.called").stat().st_mtime
     assert code == 143 and "once more ends it at once" in output
-    assert waited < 2.0 + 5.0 and time.time() - began < 120
+    assert waited < 2.0 + 5.0
+    print(f"row 8: the second signal ended it after {waited - 2.0:.1f} s")
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest().name == "step-000002"
 
 

@@ -31,6 +31,7 @@ if "two" not in case:
             for _ in range(3):
                 with watched.phase("reward"):
                     time.sleep(0.7 * limit)
+            time.sleep(0.8 * limit)  # and of the time between phases none is of theirs
         with watched.phase("reward"):
             {"python": hang_here, "c": hold_the_interpreter, "patient": time.monotonic}[case]()
     print("done")
