@@ -484,7 +484,7 @@ def recipe_main(
     )
     parser.add_argument("words", nargs="*", metavar="recipe.yaml | key.sub=value")
     parser.add_argument(
-        "--resume", nargs="?", const="latest", metavar="PATH", help="go on from the newest whole checkpoint, or this one"
+        "--resume", nargs="?", const="latest", metavar="PATH", help="go on from the newest whole checkpoint, or from it"
     )
     parser.add_argument(
         "--allow-change",

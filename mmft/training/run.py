@@ -43,7 +43,8 @@ def run(recipe, resume: str | None = None, allow_change: Sequence[str] = ()) -> 
 
     Whatever is wrong with data, rewards, model or checkpoint is found before the first step, and ends the process
     with one plain line and exit code 2. What fails later ends it with its first cause in the last line and code 1. A
-    finished run that could not be published ends with code 3 and the command that does it later.
+    finished run that could not be published ends with code 3 and the command that does it later. One of several
+    processes ends here in any case.
     """
     with first_cause():
         with plain_errors():

@@ -6,11 +6,8 @@ TRL's `PPOTrainer` as it was before its removal for the order of things; the loo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 
 from mmft.algorithms.kl import AdaptiveKL, FixedKL
-from mmft.algorithms.masked import explained_variance
 from mmft.batch import PromptBatch, Rollout
 from mmft.data.rows import opened_here
 from mmft.evaluation.captioning import metric_info
 from mmft.evaluation.findings import main_metric
-from mmft.evaluation.health import text_health
 from mmft.evaluation.report import write_report
 from mmft.recipe_secrets import redact
 from mmft.training import distributed
@@ -47,7 +41,9 @@ from mmft.training.fingerprint import fingerprint
 from mmft.training.finite import require_finite_rollout
 from mmft.training.guards import Alarm, Guards
 from mmft.training.interrupts import Abandoned, Interrupted, Interrupts
+from mmft.training.measures import ledger, measure, warn_of_equal_rewards
 from mmft.training.monitor import LEDGER, Monitor
+from mmft.training.schedule import learning_rate_factor, places, rows_of_step
 from mmft.training.scoring import as_rewards, rewards_at, share_backbone
 from mmft.training.summary import write_summary
 from mmft.training.together import Together
@@ -158,7 +154,7 @@ class PPOTrainer:
         self._interrupts = Interrupts(self._together.highest, self._together.say)
         self._usual_seconds: dict[str, float] = {}  # phase -> what it took in the step before
         self._abandonable: tuple[str, ...] = ()  # phases before which the step may be given up
-        self._written: list[tuple[str, str]] = []  # see `_ledger`
+        self._written: list[tuple[str, str]] = []  # see `ledger`
         self._begun: int | None = None
 
     # ---------------------------------------------------------------- the loop
@@ -324,7 +320,12 @@ class PPOTrainer:
             self.prepared.train()
             losses = update(self.prepared, self.optimizer, rollout, config, self.accelerator, step, self.guards.spikes)
 
-        metrics = self._metrics(rollout, kl, losses)
+        counted = [part.name for part in self.reward_funcs.parts if part.weight != 0.0]
+        metrics = measure(rollout, kl, counted, config.critic != "none", self.accelerator, self._reduce) | losses
+        kept = int(metrics.pop("kept"))
+        if metrics["reward_std"] == 0.0 and not self._told_equal and self.accelerator.is_main_process:
+            self._told_equal = True
+            warn_of_equal_rewards(kept)
         if isinstance(self.engine, VLLM):
             metrics |= {f"vllm/logprob_gap_{name}": gap for name, gap in self.engine.gap.items()}
         if self.guards.wants_blank(step):
@@ -362,13 +363,14 @@ class PPOTrainer:
             pieces = stages.pieces_of(self.policy, rollout.responses) if by_token else None
             with rewards_at(step):
                 stages.score(rollout, self.reward_funcs, config, step, pieces)
-        self._written = self._ledger(rollout)
+        if LEDGER in config.report_to:
+            self._written = ledger(rollout, config.num_generations, self.accelerator)
         head: dict[str, torch.Tensor] = {}
         require_finite_rollout(rollout, self.accelerator, step)
         # 6. Token rewards, advantages, returns; statistics over all processes.
         kl = stages.earn(rollout, config, self.kl.value, self._reduce)
         if step == 1 and config.critic == "head" and config.critic_start == "fit":
-            fit_critic(self.policy, rollout, config, [place % 2 for place in _places(prompts)], self._reduce)
+            fit_critic(self.policy, rollout, config, [place % 2 for place in places(prompts)], self._reduce)
             head = {f"value_head.{name}": p.detach().clone() for name, p in self.policy.value_head.named_parameters()}
         stages.credit(rollout, config, self._reduce)
         return rollout, kl, head
@@ -442,20 +444,10 @@ class PPOTrainer:
 
     def prompts(self, step: int) -> PromptBatch:
         """This process's prompts of a step. A function of (seed, step) alone, so a resumed run needs no cursor."""
-        config, n = self.config, len(self.train_dataset)
-        first = (step - 1) * config.prompts_per_step
-        places = range(first, first + config.prompts_per_step)
-        # Runs of M = num_mini_batches rows in turns, so that each process holds its share of every minibatch.
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = [place for place in places if (place - first) // config.num_mini_batches % world == rank]
-        indices, order = [], {}
-        for place in mine:
-            epoch = place // n
-            if epoch not in order:
-                order[epoch] = np.random.default_rng([config.seed, epoch]).permutation(n)
-            indices.append(int(order[epoch][place % n]))
-        rows = [self.train_dataset[i] for i in indices]
-        ids = [f"{row.get('id', i)}@{place}" for row, i, place in zip(rows, indices, mine, strict=True)]
+        mine = rows_of_step(step, len(self.train_dataset), self.config, rank, world)
+        rows = [self.train_dataset[i] for _, i in mine]
+        ids = [f"{row.get('id', i)}@{place}" for row, (place, i) in zip(rows, mine, strict=True)]
         return self.policy.pictures.prompts(rows, ids, self.policy.device)
 
     def _self_test(self) -> None:
@@ -507,63 +499,6 @@ class PPOTrainer:
 
     # ---------------------------------------------------------------- numbers
 
-    def _metrics(self, rollout: Rollout, kl: torch.Tensor, losses: dict[str, float]) -> dict[str, float]:
-        """The step's numbers: means over the responses of all processes."""
-        length = rollout.responses.mask.sum(-1).float()
-        scores = rollout.scores
-        per_response = {
-            "reward": rollout.plain,
-            "kl": kl.sum(-1),
-            "entropy": rollout.old.entropy.sum(-1) / length.clamp_min(1),
-            "response_length": length,
-            "ended_fraction": rollout.responses.ended.float(),
-        }
-        if rollout.keep is not None:
-            per_response["reward"] = rollout.plain.where(rollout.keep, torch.nan)
-        per_response |= {f"reward/{name}": part for name, part in rollout.parts.items()}
-        health = text_health(rollout.texts)
-        per_response |= {name: torch.as_tensor(v, dtype=torch.float32) for name, v in health.items()}
-        gathered = {k: self.accelerator.gather(v.to(scores.device).contiguous()) for k, v in per_response.items()}
-        metrics = {k: float(v[~v.isnan()].mean()) if (~v.isnan()).any() else float("nan") for k, v in gathered.items()}
-        kept = gathered["reward"][~gathered["reward"].isnan()]
-        equal = not len(kept) or bool(kept.min() == kept.max())  # the deviation of ten times 0.7 is not 0 in float32
-        metrics["reward_std"] = 0.0 if equal else float(kept.std(unbiased=False))
-        if equal and not self._told_equal and self.accelerator.is_main_process:
-            self._told_equal = True
-            what = f"all {len(kept)} rewards of a step are equal" if len(kept) else "all responses were dropped"
-            warnings.warn(f"{what}: it taught nothing (said once)", stacklevel=2)
-        metrics |= self._shares(rollout)
-        metrics["tokens"] = float(gathered["response_length"].sum())
-        if rollout.old.values is not None and self.config.critic != "none":
-            metrics["explained_variance"] = float(
-                explained_variance(rollout.old.values, rollout.returns, rollout.update_mask, reduce=self._reduce)
-            )
-        return metrics | losses
-
-    def _ledger(self, rollout: Rollout) -> list[tuple[str, str]]:
-        """What was written in this step, where the run keeps a ledger: row and a hash of each response's tokens."""
-        if LEDGER not in self.config.report_to:
-            return []
-        group = self.config.num_generations
-        tokens = [
-            ids[mask].tolist()
-            for ids, mask in zip(rollout.responses.ids.cpu(), rollout.responses.mask.cpu(), strict=True)
-        ]
-        hashes = [hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest() for row in tokens]
-        mine = [(rollout.prompts.row_ids[i // group], found) for i, found in enumerate(hashes)]
-        everyone = gather_object(mine) if self.accelerator.num_processes > 1 else mine
-        return sorted(everyone, key=lambda entry: int(entry[0].rpartition("@")[2]))
-
-    def _shares(self, rollout: Rollout) -> dict[str, float]:
-        """Each part's share in the spread of the total: its standard deviation over the sum of all parts'."""
-        counted = [part.name for part in self.reward_funcs.parts if part.weight != 0.0]
-        spread = {
-            name: float(self.accelerator.gather(rollout.weighted[name].to(rollout.scores.device)).std(unbiased=False))
-            for name in counted
-        }
-        whole = sum(spread.values())
-        return {f"share/{name}": value / whole for name, value in spread.items()} if whole else {}
-
     def _reduce_numbers(self, numbers: np.ndarray) -> np.ndarray:
         summed = self.accelerator.reduce(torch.as_tensor(numbers, device=self.accelerator.device), "sum")
         return summed.cpu().numpy()
@@ -572,17 +507,11 @@ class PPOTrainer:
         return self.accelerator.reduce(statistics, "sum") if self.accelerator.num_processes > 1 else statistics
 
     def _set_learning_rate(self, step: int) -> float:
-        """The schedule as a function of the step alone; each group keeps its own base rate."""
-        config = self.config
-        factor = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
-        progress = (step - 1) / max(config.max_steps, 1)
-        if config.lr_scheduler_type == "linear":
-            factor *= 1.0 - progress
-        elif config.lr_scheduler_type == "cosine":
-            factor *= 0.5 * (1.0 + float(np.cos(np.pi * progress)))
+        """Sets this step's rates; each group keeps its own base rate. Returns the policy's."""
+        factor = learning_rate_factor(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        return config.learning_rate * factor
+        return self.config.learning_rate * factor
 
     @contextmanager
     def _timed(self, phase: str):
@@ -600,11 +529,6 @@ class A2CTrainer(PPOTrainer):
     """Advantage actor-critic: the same loop with one pass and the plain policy gradient. See `PPOTrainer`."""
 
     config_class = A2CConfig
-
-
-def _places(prompts: PromptBatch) -> list[int]:
-    """Where each prompt stands in the order of the whole run, the same however many processes share a step."""
-    return [int(row_id.rpartition("@")[2]) for row_id in prompts.row_ids]
 
 
 def _require_columns(dataset, name: str) -> None:

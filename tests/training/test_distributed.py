@@ -133,6 +133,20 @@ def _guarded(engine: str, found: dict) -> None:
         assert ("rank 0" in said[0]) == (engine == "fsdp2" and kind == "gradient"), said[0]
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_recipe_runs_unchanged(engine, tmp_path):
+    """The bundled model and the built-in world, from the rows to the report, with checkpoints."""
+    small = "train.steps=2 train.save_every=1 train.micro_prompts=1 rollout.prompts_per_step=4 "
+    small += "rollout.num_generations=4 eval.rows=5 eval.every=0 data.train_rows=200 output.trackers=[]"
+    recipe = HERE.parents[1] / "recipes" / "caption_ppo.py"
+    launch(ENGINES[engine], *small.split(), f"output.dir={tmp_path / 'run'}", script=recipe)
+    for name in ("summary.json", "report.html", "adapter/adapter_model.safetensors", "checkpoints/step-000002"):
+        assert (tmp_path / "run" / name).exists(), name
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2] and metrics[0]["first_ratio_error"] <= 1e-4
+
+
 @pytest.mark.parametrize("file", sorted(path.stem for path in FILES.glob("*.yaml")))
 def test_launch_files_are_what_the_launcher_takes(file):
     config = load_config_from_file(str(FILES / f"{file}.yaml"))  # it refuses keys that it does not know
