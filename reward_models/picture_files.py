@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 89_478_485  # where Pillow starts to warn of decompression bombs; refused from the header alone
 _FORMATS = (
     *("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000"),
-    *("PPM", "TGA", "ICO", "PCX", "QOI", "SGI"),
+    *("PPM", "TGA", "PCX", "QOI", "SGI"),  # no ICO: its header says nothing of the size of a PNG within
 )
 
 Source = str | os.PathLike[str] | bytes  # a file, or what is in one
@@ -78,15 +78,7 @@ def open_picture_file(source: Source, where: str) -> Image.Image:
             ``MAX_PIXELS`` pixels (seen from the header, before anything is decoded).
     """
     with _opened(source, where) as image:
-        try:
-            image.load()
-            return as_rgb(ImageOps.exif_transpose(image), where)
-        except _Unfit:
-            raise
-        except Image.DecompressionBombError as error:  # a frame larger than the header says
-            raise ValueError(f"{where} is too large: {error}; make it smaller") from None
-        except Exception as error:  # Pillow's readers raise whatever their format's parser meets
-            raise _damaged(where, error) from None
+        return as_rgb(image, where, upright=True)
 
 
 def check_picture_file(path: Path, where: str) -> None:
@@ -151,9 +143,21 @@ def check_size(image: Image.Image, where: str) -> None:
         raise _Unfit(f"{where} has {width} x {height} pixels, expected at most {MAX_PIXELS}; make it smaller")
 
 
-def as_rgb(image: Image.Image, where: str) -> Image.Image:
-    """A picture that is open already, as 8-bit RGB. Raises ValueError as `open_picture_file` does."""
-    check_size(image, where)  # it may be open and not yet decoded
+def as_rgb(image: Image.Image, where: str, upright: bool = False) -> Image.Image:
+    """A picture that is open already, as 8-bit RGB; upright: by its EXIF. Raises as `open_picture_file` does."""
+    check_size(image, where)
+    try:
+        image.load()  # it may be open and not yet decoded
+        return _as_rgb(ImageOps.exif_transpose(image) if upright else image, where)
+    except _Unfit:
+        raise
+    except Image.DecompressionBombError as error:  # a frame larger than the header says
+        raise ValueError(f"{where} is too large: {error}; make it smaller") from None
+    except Exception as error:  # Pillow's readers raise whatever their format's parser meets
+        raise _damaged(where, error) from None
+
+
+def _as_rgb(image: Image.Image, where: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, or 32 bits that hold 16
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
@@ -166,4 +170,4 @@ def as_rgb(image: Image.Image, where: str) -> Image.Image:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -150,7 +150,7 @@ def load_card(path: str | Path) -> Card:
 
 def _find(name: str) -> tuple[Card, Path, str]:
     """The card for a name, its root folder, and what to call it in messages."""
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name or "?"))  # Path's raises for a user that is not there
     if given.is_dir():
         return _folder_card(given), given, str(given)
     places = [given, Path("data") / f"{name}.yaml", CARDS / f"{name}.yaml", CARDS.parent / name, CARDS / name]
@@ -172,7 +172,7 @@ def _root(card: Card, path: Path) -> Path:
     elsewhere = os.environ.get(DATA_DIR)
     if elsewhere and (Path(elsewhere) / card.name).is_dir():
         return Path(elsewhere) / card.name
-    root = path.parent / Path(card.root).expanduser()
+    root = path.parent / os.path.expanduser(card.root)
     if not root.is_dir():
         tried = f" nor {Path(elsewhere) / card.name} ({DATA_DIR})" if elsewhere else ""
         raise ValueError(

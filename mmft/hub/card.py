@@ -55,6 +55,7 @@ def write_card(run: Run, samples: list[dict[str, Any]], target: Path, repository
             samples=[{"picture": s["picture"]} | {k: _caption(s.get(k)) for k in ("before", "after")} for s in samples],
             code=loading_code(run.base.name, "model" if run.whole_model else run.base.kind, repository),
             value_head=(target / "value_head.safetensors").is_file(),
+            remote_code=recipe["model"]["trust_remote_code"] and run.base.kind != "bundled",
             signatures=[f"{plain(name)}: {_code(text)}" for name, text in (summary.get("signatures") or {}).items()],
             cost=f"{summary['seconds']:,.0f} seconds in all." if is_number(summary.get("seconds")) else "",
             versions=plain(", ".join(f"{name} {text}" for name, text in (summary.get("versions") or {}).items())),

@@ -93,9 +93,10 @@ def read_run(folder: str | Path, base: str | None = None) -> Run:
     if not summary.get("after"):
         raise ValueError(f"{folder / 'summary.json'} holds no held-out result; there is nothing to make a card from")
     recipe = load_recipe(folder / "recipe.yaml").model_dump()
-    lines = _lines(folder / "samples.jsonl")
-    run = Run(folder, _public(recipe), _public(summary), _lines(folder / "metrics.jsonl"), [], base_of(recipe, base))
-    run.samples += [redacted(line) for line in lines]
+    found = base_of(recipe, base)
+    recipe["model"]["name"] = found.name  # so that `pull` finds it, and so does the recipe when it runs again
+    samples = [redacted(line) for line in _lines(folder / "samples.jsonl")]
+    run = Run(folder, _public(recipe), _public(summary), _lines(folder / "metrics.jsonl"), samples, found)
     wanted = ["model" if run.whole_model else "adapter", "processor"]
     for name in [*wanted, *(["warm_start"] if run.base.kind == "here" else [])]:
         if not (folder / name).is_dir():
@@ -233,7 +234,7 @@ def base_of(recipe: dict[str, Any], given: str | None = None) -> Base:
         return Base(given or _without_place(name), "here")
     if given:
         return Base(given, "hub")
-    if "/" not in name and (Path(__file__).parents[1] / "assets" / name.replace("-", "_")).is_dir():
+    if re.fullmatch(r"[\w-]+", name) and (Path(__file__).parents[1] / "assets" / name.replace("-", "_")).is_dir():
         return Base(name, "bundled")
     here = Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
     return Base(_without_place(name), "folder" if here else "hub")

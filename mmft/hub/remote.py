@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from mmft.hub.card import loading_code
 from mmft.hub.folder import ALLOWED, base_of, make_folder, sizes
 from mmft.recipe import load_recipe
+from mmft.vlm.model_files import check_model
 
 WAITS = (2.0, 8.0)  # seconds between whole attempts; the Hub's client repeats most single requests by itself
 _T = TypeVar("_T")
@@ -46,6 +47,11 @@ def push(
         ValueError: the run is not finished, or should not be published as it is.
         PublishError: the Hub could not be reached or refused, after a bounded number of attempts.
     """
+    from huggingface_hub.utils import validate_repo_id
+
+    if "/" not in repository:
+        raise ValueError(f"{repository!r} is no repository on the Hub; expected user/name")
+    validate_repo_id(repository)
     if dry_run is not None:
         files = make_folder(run_folder, dry_run, repository, **options)
         print("\n".join(sizes(Path(dry_run), files)))
@@ -89,12 +95,15 @@ def pull(repository: str, folder: str | Path, revision: str | None = None) -> st
     for entry in _persistent(fetch, repository):
         _compare(folder / entry.path, entry)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes
+    if (folder / "base_model").is_dir():
+        check_model(str(folder / "base_model"))
     if (folder / "adapter_config.json").is_file():
         from mmft.vlm.adapter_files import check_adapter  # imports torch
 
         check_adapter(folder)
         base = base_of(load_recipe(folder / "recipe.yaml").model_dump())
         return loading_code(base.name, base.kind, str(folder))
+    check_model(str(folder))
     return loading_code("", "model", str(folder))
 
 

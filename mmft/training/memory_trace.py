@@ -30,7 +30,7 @@ from mmft.training.critic import fit_critic
 from mmft.training.update import update
 from mmft.vlm import attention as engine_attention
 from mmft.vlm.generate import generate
-from mmft.vlm.load import DTYPES, build_policy, resolve, tune
+from mmft.vlm.load import cannot_load, DTYPES, build_policy, resolve, tune
 from mmft.vlm.policy import Policy
 from mmft.vlm.quantised import IN_FULL, LARGE_BLOCK
 

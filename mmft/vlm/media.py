@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from reward_models.picture_files import as_rgb, check_size
+from reward_models.picture_files import as_rgb
 
 Media = dict[str, list[Any]]  # "image", "video", "audio" -> what the row has of it; no empty lists
 NAMES = {"image": "pictures", "video": "clips", "audio": "sounds"}
@@ -109,8 +109,7 @@ def _picture(image: Any, row_id: str) -> Image.Image:
             f"row {row_id}: a picture is {type(image).__name__}, expected PIL.Image.Image; "
             "mmft.data.load_rows opens paths"
         )
-    check_size(image, f"row {row_id}: a picture")  # open, and perhaps not decoded yet
-    return image if image.mode == "RGB" else as_rgb(image, f"row {row_id}: a picture")
+    return as_rgb(image, f"row {row_id}: a picture")
 
 
 def _clip(clip: Any, row_id: str) -> dict[str, Any]:
@@ -124,7 +123,7 @@ def _clip(clip: Any, row_id: str) -> dict[str, Any]:
     if len(times) != len(frames):
         raise ValueError(f"row {row_id}: {len(times)} times for {len(frames)} frames; expected one each")
     duration = float(clip.get("duration") or times[-1] + 1)
-    return {"frames": [frame.convert("RGB") for frame in frames], "times": times, "duration": duration}
+    return {"frames": [_picture(frame, row_id) for frame in frames], "times": times, "duration": duration}
 
 
 def _sound(sound: Any, row_id: str) -> dict[str, Any]:

@@ -70,14 +70,22 @@ def compute_as_in_training(model: nn.Module) -> None:
     4 bits: on CPUs with AVX-512 bf16 it repacks the weights at the first pass without gradient and never unpacks them,
     and the product with those has no gradient: after one rollout nothing would flow back through the base layers.
     8 bits: on a CPU a layer in evaluation mode also rounds its inputs, so that responses would be sampled from another
-    distribution than is trained.
+    distribution than is trained. And PEFT's DoRA, which measures a layer's whole weight in every pass, puts it back
+    without its scales, which bitsandbytes then forgets.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if type(module).__name__ == "Linear8bitLt" and module.weight.device.type == "cpu":
             module.train(True).train = partial(_stay, module)
+            module.init_8bit_state = partial(_keep_scales, module)
 
 
 def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
+
+
+def _keep_scales(module: nn.Module) -> None:
+    scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+    type(module).init_8bit_state(module)
+    module.state.SCB = scales

@@ -22,6 +22,7 @@ from data.hostile import data_folder, png, png_bomb, png_header, saved, sixteen_
 from PIL import Image
 
 from mmft.data import Clips, OpenedRows, Sounds, UsableRows, check_rows, load_rows, opened_here
+from mmft.data.mp4 import check_tables
 from mmft.data.rows import PICTURES, FileRows, open_picture, write_skipped
 from mmft.data.video import check_clip
 from reward_models.preference.pairs import read_pairs
@@ -133,7 +134,7 @@ def test_garbled_files_end_in_a_picture_or_a_plain_error(count):
     stream, rgb, opened, refused = random.Random(0), Image.fromarray(smooth()), 0, 0
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
-    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "ICO", "JPEG2000"):
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "JPEG2000"):
         whole = saved(rgb, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
         assert open_picture(whole).mode == "RGB", kind
         for content in _mutations(whole, stream, count):
@@ -147,8 +148,12 @@ def test_garbled_files_end_in_a_picture_or_a_plain_error(count):
     assert opened > count and refused > count
 
 
-def test_programs_that_call_themselves_pictures_are_not_run(tmp_path):
+def test_programs_and_icons_that_call_themselves_pictures_are_not_read(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    inner = png_header(12_000, 12_000)  # Pillow would unpack it before anybody can ask for its size
+    icon = struct.pack("<3H4B2H2I", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(inner), 22) + inner
+    with pytest.raises(ValueError, match="row 1: picture is not a picture in a known format"):
+        open_picture(icon, row="1")
     assert Image.open(tmp_path / "a.png").format == "EPS"  # Pillow would hand it to Ghostscript
     with pytest.raises(ValueError, match=r"row 1: picture .*a.png is not a picture in a known format"):
         open_picture(tmp_path / "a.png", row="1")
@@ -359,6 +364,10 @@ def test_lists_and_captions_that_never_end_are_refused(tmp_path, file):
 # --- clips and sounds ------------------------------------------------------------------------------
 
 
+def _box(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
 def test_tables_that_claim_more_frames_than_the_file_has_bytes(tmp_path):
     """FFmpeg would set aside 70 bytes for each: 3.4 GB for the fifty million of this file."""
     content = bytearray(write_clip(tmp_path / "a.mp4", [0, 100, 200]).read_bytes())
@@ -371,8 +380,18 @@ def test_tables_that_claim_more_frames_than_the_file_has_bytes(tmp_path):
         content[start : start + 4 * len(numbers)] = struct.pack(f">{len(numbers)}I", *numbers)
     (tmp_path / "b.mp4").write_bytes(content)
     for source in (tmp_path / "b.mp4", {"bytes": bytes(content), "path": None}):
-        with within(1.0), pytest.raises(ValueError, match=r"row 1 .*stsz\) claims 50000000 samples"):
+        with within(1.0), pytest.raises(ValueError, match=r"row 1 .*stsz\) claim 50000000 samples"):
             Clips().open(source, "row 1")
+    table = _box(b"stsz", struct.pack(">III", 0, 1, 50_000_000))
+    for outer in (b"udta", b"edts", b"wave", b"free", b"cmov"):  # FFmpeg reads a table wherever it stands
+        hidden = _box(b"moov", _box(b"trak", _box(outer, table)))
+        with pytest.raises(ValueError, match="row 1 .*(claim 50000000 samples|cmov)"):
+            Clips().open({"bytes": bytes(content[:32]) + hidden, "path": None}, "row 1")
+    runs = _box(b"moof", _box(b"traf", _box(b"trun", struct.pack(">II", 0, 9_000)) * 100))  # each alone would do
+    with pytest.raises(ValueError, match=r"row 1 .*trun\) claim"):
+        Clips().open({"bytes": bytes(content[:32]) + runs + bytes(9_000), "path": None}, "row 1")
+    quiet = write_sound(tmp_path / "quiet.wav", seconds=0.1).read_bytes()[:44] + b"\0\0\1\0" * 2_000_000
+    check_tables(io.BytesIO(quiet), "row 1", "sound")  # its numbers are not taken for boxes
     nested = b"".join(struct.pack(">I4s", 8 * (2000 - i), b"moov") for i in range(2000))
     with pytest.raises(ValueError, match="row 1 is no clip"):
         Clips().open({"bytes": nested, "path": None}, "row 1")
