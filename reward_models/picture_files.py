@@ -116,10 +116,10 @@ def _opened(source: Source, where: str) -> Image.Image:
     if isinstance(source, bytes):
         if not source:
             raise ValueError(f"{where} is empty (0 bytes); expected a picture file")
-        file = io.BytesIO(source)
+        file: io.BytesIO | Path = io.BytesIO(source)
     else:
-        check_plain(Path(source), where)
         file = Path(source)
+        check_plain(file, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

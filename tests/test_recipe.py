@@ -479,7 +479,9 @@ def test_command_line(write, tmp_path):
     assert (recipe.seed, recipe.train.steps, resume, allowed) == (3, 2, "latest", ["seed", "dataset"])
 
 
-@pytest.mark.parametrize("words", [["a.yaml", "b.yaml"], ["--resume", "nowhere"], ["--steps", "3"], ["--allow-change", "seed"]])
+@pytest.mark.parametrize(
+    "words", [["a.yaml", "b.yaml"], ["--resume", "nowhere"], ["--steps", "3"], ["--allow-change", "seed"]]
+)
 def test_wrong_command_lines_end_with_code_2(words):
     with pytest.raises(SystemExit) as caught:
         recipe_main("test", words)

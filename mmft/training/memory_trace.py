@@ -30,7 +30,7 @@ from mmft.training.critic import fit_critic
 from mmft.training.update import update
 from mmft.vlm import attention as engine_attention
 from mmft.vlm.generate import generate
-from mmft.vlm.load import cannot_load, DTYPES, build_policy, resolve, tune
+from mmft.vlm.load import DTYPES, build_policy, cannot_load, resolve, tune
 from mmft.vlm.policy import Policy
 from mmft.vlm.quantised import IN_FULL, LARGE_BLOCK
 
@@ -249,9 +249,7 @@ def ghost_policy(recipe, device: str = "cpu") -> Policy:
         with META:
             model = AutoModelForMultimodalLM.from_config(config, dtype=working_dtype(recipe, config, device), **trust)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise ValueError(
-            f"model.name: no plan without configuration and processor of {options.name!r}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"{cannot_load(options.name, folder, error)} (no plan without configuration)") from error
     if options.quantize:
         for name, layer in list(model.named_modules()):
             if type(layer) is nn.Linear and not any(re.match(pattern, name) for pattern in IN_FULL):

@@ -76,7 +76,7 @@ def load_model(
                 folder, trust_remote_code=trust_remote_code, use_safetensors=True, **options
             )
     except _FAILURES as error:
-        raise ValueError(_cannot_load(name, folder, error)) from error
+        raise ValueError(cannot_load(name, folder, error)) from error
     if quantize is not None:
         compute_as_in_training(model)
     return model, processor
@@ -86,7 +86,8 @@ def _own_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def _cannot_load(name: str, folder: str, error: Exception) -> str:
+def cannot_load(name: str, folder: str, error: Exception) -> str:
+    """Why a model cannot be loaded, and the key that mends it."""
     if "orchvision" in str(error):
         return f"model.name: the processor of {name!r} needs torchvision: pip install 'mmft[gpu]'"
     if "trust_remote_code" in str(error):
