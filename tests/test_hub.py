@@ -378,10 +378,11 @@ def test_pull_takes_no_code_and_nothing_of_others(finished, hub, tmp_path):
 # --- other ways of tuning ---------------------------------------------------------------------------
 
 
-def test_a_whole_model_is_published_with_its_weights(tmp_path):
+@pytest.mark.parametrize("tune", ["full", "frozen"])
+def test_a_whole_model_is_published_with_its_weights(tune, tmp_path):
     from mmft.vlm.load import load_model
 
-    run(recipe_of(tmp_path / "run", "model.tune=full", "train.steps=1", "eval.every=0"))
+    run(recipe_of(tmp_path / "run", f"model.tune={tune}", "train.steps=1", "eval.every=0"))
     files = make_folder(tmp_path / "run", tmp_path / "out", NAME)
     assert Path("model.safetensors") in files and Path("adapter_config.json") not in files
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -393,6 +394,61 @@ def test_a_whole_model_is_published_with_its_weights(tmp_path):
     base, _ = load_model("scenes-vlm")
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True)]
     assert any(moved), "what was loaded is the untrained model"
+
+
+def test_a_trained_connector_is_published_with_the_adapter(tmp_path):
+    """The lines of the card give the connector that was trained, not the base model's."""
+    run(recipe_of(tmp_path / "run", "model.tune=hybrid", "train.steps=1", "eval.every=0"))
+    make_folder(tmp_path / "run", tmp_path / "out", NAME)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "and the connector in full" in card
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace(NAME, str(tmp_path / "out")), names)
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    state, untrained = (
+        names["model"].state_dict(),
+        load_file(ROOT / "mmft" / "assets" / "scenes_vlm" / "model.safetensors"),
+    )
+    connector = {name: tensor for name, tensor in saved.items() if "lora_" not in name}
+    assert connector and all("multi_modal_projector" in name for name in connector)
+    for name, tensor in connector.items():
+        path, part = name.rsplit(".", 1)
+        assert torch.equal(state[f"{path}.modules_to_save.default.{part}"], tensor), name
+        before = next(t for n, t in untrained.items() if n.endswith(name[name.index("multi_modal_projector") :]))
+        assert not torch.equal(tensor, before), name
+
+
+def test_names_are_looked_at_before_anything_is_written(run_folder, tmp_path):
+    for name in ("scenes", "ann/../scenes", "ann/my scenes", "a/b/c", "/scenes"):
+        with pytest.raises(ValueError, match="user/name|namespace|Repo id"):
+            push(run_folder, name, dry_run=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_on_the_hub_is_named_everywhere(run_folder, hub, tmp_path):
+    """A run on a folder, whose copy on the Hub is told on the command line."""
+    text = (run_folder / "recipe.yaml").read_text()
+    (run_folder / "recipe.yaml").write_text(text.replace("name: scenes-vlm", f"name: {tmp_path}/mine", 1))
+    push(run_folder, NAME, base="ann/base")
+    files = published(hub)
+    assert "name: ann/base" in files["recipe.yaml"].decode() and "ann/base" in files["README.md"].decode()
+    assert 'from_pretrained("ann/base")' in pull(NAME, tmp_path / "out")
+
+
+def test_code_of_the_model_is_told(run_folder, tmp_path):
+    text = (run_folder / "recipe.yaml").read_text().replace("name: scenes-vlm", "name: ann/coded", 1)
+    (run_folder / "recipe.yaml").write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"))
+    make_folder(run_folder, tmp_path / "out", NAME)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "needs Python code of its own" in card and "trust_remote_code=True" not in card.split("```")[1]
+
+
+def test_pull_refuses_an_index_that_points_outside(finished, hub, tmp_path):
+    push(finished[0], NAME)
+    index = json.dumps({"weight_map": {"a": "../../other.safetensors"}}).encode()
+    hub.repositories[NAME].files |= {"base_model/config.json": b"{}", "base_model/model.safetensors.index.json": index}
+    with pytest.raises(ValueError, match="weight_map names '../../other.safetensors'"):
+        pull(NAME, tmp_path / "out")
 
 
 def test_a_warmed_up_base_is_published_with_the_adapter(tmp_path):

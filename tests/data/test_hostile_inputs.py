@@ -25,6 +25,7 @@ from mmft.data import Clips, OpenedRows, Sounds, UsableRows, check_rows, load_ro
 from mmft.data.mp4 import check_tables
 from mmft.data.rows import PICTURES, FileRows, open_picture, write_skipped
 from mmft.data.video import check_clip
+from mmft.vlm.media import media_of
 from reward_models.preference.pairs import read_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +195,7 @@ from PIL import Image
 from mmft.data import Clips, Sounds, opened_here, load_rows
 from mmft.data.rows import open_picture, FileRows, check_rows
 from mmft.data.video import check_clip
+from mmft.vlm.media import media_of
 from mmft.vlm.media import media_of
 from reward_models.preference.pairs import open_picture as open_for_judge
 
@@ -418,7 +420,23 @@ def test_garbled_clips_and_sounds_end_in_frames_or_a_plain_error(tmp_path):
 
 
 def test_a_picture_that_is_open_already_is_converted_as_files_are():
-    from mmft.vlm.media import media_of
-
     deep = Image.open(io.BytesIO(saved(Image.fromarray(np.full((2, 2), 25_700, np.uint16)), "PNG")))
     assert media_of({"image": deep}, "1")["image"][0].getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_frames_and_pictures_that_are_not_decoded_yet():
+    """Frames by the rules of pictures; a file that breaks only now names its row."""
+    deep = Image.fromarray(np.full((4, 6), 25_700, np.uint16))
+    frames = media_of({"video": [deep, deep]}, "7")["video"][0]["frames"]
+    assert [frame.getpixel((0, 0)) for frame in frames] == [(100, 100, 100)] * 2
+    whole = saved(Image.fromarray(smooth()), "JPEG")
+    for row in ({"image": 0}, {"video": [0, 0]}):
+        cut = Image.open(io.BytesIO(whole[: len(whole) // 2]))
+        with pytest.raises(ValueError, match="row 7: a picture is damaged"):
+            media_of({key: cut if value == 0 else [cut, cut] for key, value in row.items()}, "7")
+
+
+@pytest.mark.parametrize("name", ["", "~nobody-of-this-name"])
+def test_data_sets_that_are_not_there(name):
+    with pytest.raises(ValueError, match="was not found"):
+        load_rows(name, "train")

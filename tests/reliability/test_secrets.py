@@ -143,10 +143,12 @@ def test_what_is_hidden(monkeypatch, tmp_path):
         "token": "ab",
         "token_env": "NAME",
         "list": [{"Api_Key": "cd", "n": 1}],
+        "headers": {"X-Api-Key": "ef", "Authorization": "Bearer gh", "accessToken": "ij"},
         "prompt": f"say {HUB}",
         "key": None,
     }
-    kept = {"token": HIDDEN, "token_env": "NAME", "list": [{"Api_Key": HIDDEN, "n": 1}]}
+    headers = {"X-Api-Key": HIDDEN, "Authorization": HIDDEN, "accessToken": HIDDEN}
+    kept = {"headers": headers, "token": HIDDEN, "token_env": "NAME", "list": [{"Api_Key": HIDDEN, "n": 1}]}
     assert redacted(data) == kept | {"prompt": f"say {HIDDEN}", "key": None}
 
 

@@ -227,6 +227,18 @@ def test_towers_and_decoder_are_quantised_head_and_connector_are_not(quantised):
     assert all("lm_head" in n or "projector" in n or "connector" in n or "merger" in n for n in full), full
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_dora_learns_on_quantised_weights(kind, tiny_model):
+    """PEFT puts the weights back in each pass; in 8 bits bitsandbytes then has no scales for the next."""
+    pytest.importorskip("bitsandbytes")
+    policy = policy_of(tiny_model("llava"), MODES["dora"], quantize=kind)
+    with torch.no_grad():
+        first, again = (policy(prompts_of(policy), responses_of(policy)).logprobs for _ in range(2))
+    assert torch.equal(first, again)
+    learn(policy)
+    assert all(p.abs().max() > 0 for n, p in policy.named_parameters() if "lora_B" in n)
+
+
 def test_quantised_weights_are_learned_on_and_stay_as_they_are(quantised, tiny_model, tmp_path):
     """Adapters and connector learn, every gradient reaches the first layer, and the adapter loads onto full weights."""
     family, policy = quantised
