@@ -199,10 +199,9 @@ class Job:
 
 
 def weight_bytes(model: Model, job: Job) -> float:
-    """Of the whole model, without adapters. Around nf4 everything else is fp32 (`prepare_model_for_kbit_training`)."""
-    if not job.quantize:
-        return model.parameters * job.itemsize
-    return model.matrices * NF4 + (model.parameters - model.matrices) * 4
+    """Of the whole model, without adapters. nf4 packs decoder and tower; embeddings, head and connector stay whole."""
+    packed = model.matrices + model.tower.matrices if job.quantize else 0
+    return packed * NF4 + (model.parameters - packed) * job.itemsize
 
 
 def trained(model: Model, job: Job) -> tuple[float, int, int, int]:

@@ -42,6 +42,11 @@ class Tower:
         h, i = self.hidden, self.intermediate
         return [(h, 3 * h), (h, h)] + ([(h, i), (h, i)] if self.gated else [(h, i)]) + [(i, h)]
 
+    @cached_property
+    def matrices(self) -> int:
+        """Parameters in the matrices of all layers."""
+        return self.layers * sum(i * o for i, o in self.linears)
+
     def connector(self, hidden: int) -> list[tuple[int, int]]:
         """(inner, outer) of what joins it to a decoder of that width."""
         wide = self.hidden * self.merge**2
@@ -98,7 +103,7 @@ class Model:
 
     @cached_property
     def matrices(self) -> int:
-        """Parameters in the matrices of all decoder layers: what LoRA adapts and nf4 packs."""
+        """Parameters in the matrices of all decoder layers: what LoRA adapts."""
         return self.layers * sum(i * o for i, o in self.shapes)
 
     @cached_property

@@ -3,6 +3,7 @@
 from mmft import PPOConfig, PPOTrainer
 """
 
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
@@ -14,6 +15,9 @@ _PLACES = {
     "A2CTrainer": "mmft.training.trainer",
     "load_rows": "mmft.data",
 }
+
+# On a CPU bitsandbytes, which PEFT imports in every run, would advise to install something that fetches code.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = [*_PLACES, "__version__"]
 

@@ -94,6 +94,7 @@ def read_run(folder: str | Path, base: str | None = None) -> Run:
         raise ValueError(f"{folder / 'summary.json'} holds no held-out result; there is nothing to make a card from")
     recipe = load_recipe(folder / "recipe.yaml").model_dump()
     found = base_of(recipe, base)
+    recipe["output"]["push_to_hub"] = None  # whoever runs the recipe again pushes nothing to its first owner
     recipe["model"]["name"] = found.name  # so that `pull` finds it, and so does the recipe when it runs again
     samples = [redacted(line) for line in _lines(folder / "samples.jsonl")]
     run = Run(folder, _public(recipe), _public(summary), _lines(folder / "metrics.jsonl"), samples, found)

@@ -177,9 +177,12 @@ def prepare_folder(recipe, frequencies: DocumentFrequencies) -> Path:
     """The run folder with the resolved recipe and the document frequencies, written by the main process."""
     output = Path(recipe.output.dir)
     if os.environ.get("RANK", "0") == "0":
-        output.mkdir(parents=True, exist_ok=True)
-        recipe.dump(output / "recipe.yaml")
-        frequencies.save(output / "document_frequencies.npz")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            recipe.dump(output / "recipe.yaml")
+            frequencies.save(output / "document_frequencies.npz")
+        except OSError as error:
+            raise ValueError(f"output.dir: nothing can be written to {output} ({error.strerror}): take another") from error
     return output
 
 

@@ -50,7 +50,7 @@ from mmft.training.together import Together
 from mmft.training.transaction import Checkpoints, Damaged, failpoint
 from mmft.training.update import update
 from mmft.training.vllm_engine import VLLM
-from mmft.training.watchdog import Watchdog
+from mmft.training.watchdog import Watchdog, record_cause
 from mmft.vlm.generate import generate
 from mmft.vlm.load import build_policy, load_model
 from mmft.vlm.policy import Policy
@@ -236,9 +236,10 @@ class PPOTrainer:
                 self.before, self._begun = self.evaluate(), 0  # adapters still add nothing
             else:
                 self._begun = load_checkpoint(self, checkpoint)
-            if self.config.patience is not None and self._main_metric(self.before) is None:
+            known = self.before is not None or self.eval_dataset is None  # else nothing is evaluated of new rows yet
+            if self.config.patience is not None and known and self._main_metric(self.before) is None:
                 raise ValueError("patience (eval.patience) needs held-out rows and a metric of which more is better")
-            if self.guards.may_roll_back and self._best_checkpoint() is None:
+            if self._keeps_best and self._best_checkpoint() is None:
                 self.guards.forget_best()  # kept by no earlier run; the next evaluation is the first to return to
         return self._begun
 
@@ -265,7 +266,7 @@ class PPOTrainer:
             if self._act(alarms, monitor):
                 return step
             new_best = self.guards.best_step == step and (config.save_steps or self._keeps_best)
-            if new_best or (config.save_steps and step % config.save_steps == 0):
+            if new_best or step == config.max_steps or (config.save_steps and step % config.save_steps == 0):
                 monitor.sync()  # the lines of a saved step must outlive whatever the checkpoint outlives
                 save_checkpoint(self, step)
             self._leave_if_asked(step, monitor)
@@ -276,7 +277,9 @@ class PPOTrainer:
         if number := self._interrupts.asked():
             monitor.sync()
             folder = save_checkpoint(self, step)
-            monitor.say(f"ended by {signal.Signals(number).name} after step {step}: saved {folder}; go on by --resume")
+            said = f"ended by {signal.Signals(number).name} after step {step}: saved {folder}; go on by --resume"
+            monitor.say(said)
+            record_cause(said)  # a launcher calls this a failure, too, and ends its report with it
             monitor.close()
             raise Interrupted(number)
 

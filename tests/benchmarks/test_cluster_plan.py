@@ -3,6 +3,7 @@ waiting against drawn responses, and identities that hold on any machine."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import _calibrate, _work, cluster_plan
-from benchmarks._cluster import GB, Job, Lengths, Link, Machine, normal_maximum, weight_bytes
+from benchmarks._cluster import GB, NF4, Job, Lengths, Link, Machine, normal_maximum, weight_bytes
 from benchmarks._cluster_memory import memory, peak
 from benchmarks._cluster_models import MEASURED, MODELS
 from benchmarks._cluster_search import fastest, fastest_served
@@ -38,6 +39,22 @@ def test_parameters_are_those_of_transformers(name: str, tmp_path) -> None:
         made = AutoModelForMultimodalLM.from_config(config)
     made.tie_weights()
     assert sum(p.numel() for p in {id(p): p for p in made.parameters()}.values()) == model.parameters
+
+
+@pytest.mark.parametrize("name", ["SmolVLM-256M", "Qwen2.5-VL-7B"])
+def test_nf4_packs_what_the_loader_packs(name: str, tmp_path) -> None:
+    from transformers import AutoConfig, AutoModelForMultimodalLM
+
+    from mmft.vlm.quantised import IN_FULL
+
+    model = MODELS[name]
+    with torch.device("meta"):
+        made = AutoModelForMultimodalLM.from_config(
+            AutoConfig.from_pretrained(cluster_plan.ghost_folder(model, tmp_path))
+        )
+    layers = {n: m for n, m in made.named_modules() if type(m) is torch.nn.Linear}
+    packed = sum(m.weight.numel() for n, m in layers.items() if not any(re.match(whole, n) for whole in IN_FULL))
+    assert weight_bytes(model, Job(quantize=True)) == packed * NF4 + (model.parameters - packed) * 2
 
 
 def test_layers_and_adapters_are_those_that_work_is_counted_from() -> None:

@@ -274,6 +274,23 @@ def test_patience_ends_the_run_with_the_best_state(tiny_model, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
 
 
+def test_the_last_step_is_always_saved_so_that_more_of_them_lose_nothing(tiny_model, tmp_path):
+    trainer_of(tiny_model, tmp_path, max_steps=3, save_steps=2).train()
+    trainer = trainer_of(tiny_model, tmp_path, max_steps=4)  # save_steps=0: only at the end
+    assert trainer.begin(resume=True) == 3
+    trainer.train()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_patience_may_be_added_on_the_way(tiny_model, tmp_path):
+    trainer_of(tiny_model, tmp_path, max_steps=1).train()  # its best evaluation, the first, was kept by nobody
+    options = {"max_steps": 3, "eval_steps": 1, "patience": 1}
+    same_rows = trainer_of(tiny_model, tmp_path, **options)
+    assert same_rows.begin(resume=True) == 1 and same_rows.guards.best_step is None
+    other_rows = trainer_of(tiny_model, tmp_path, eval_rows=2, **options)
+    assert other_rows.begin(resume=True, allow_change=["held_out"]) == 1 and other_rows.before is None
+
+
 def test_patience_without_evaluations_is_refused():
     with pytest.raises(ValueError, match="patience=2.*eval_steps"):
         PPOConfig(patience=2)
