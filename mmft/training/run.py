@@ -182,7 +182,7 @@ def prepare_folder(recipe, frequencies: DocumentFrequencies) -> Path:
             recipe.dump(output / "recipe.yaml")
             frequencies.save(output / "document_frequencies.npz")
         except OSError as error:
-            raise ValueError(f"output.dir: nothing can be written to {output} ({error.strerror}): take another") from error
+            raise ValueError(f"output.dir: {output} cannot be written to ({error.strerror}); take another") from error
     return output
 
 

@@ -313,6 +313,7 @@ def test_a_step_that_would_take_too_long_is_given_up_and_not_half_counted(tiny_m
     unbroken.train()
     broken = trainer_of(tiny_model, tmp_path / "b", rewards())
     monkeypatch.setattr(signals, "_PATIENCE", -1.0)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "said.json"))  # what a launcher ends its report with
     step = broken.step
 
     def counted(number):
@@ -323,6 +324,7 @@ def test_a_step_that_would_take_too_long_is_given_up_and_not_half_counted(tiny_m
     with pytest.raises(signals.Interrupted) as ended:
         broken.train()
     assert ended.value.code == 143
+    assert "ended by SIGTERM after step 2: saved" in (tmp_path / "said.json").read_text()
     at_step[0] = 0
     assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["step-000002"]
     resumed = trainer_of(tiny_model, tmp_path / "b", rewards())

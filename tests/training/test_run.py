@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmft import recipe as recipes
 from mmft.recipe import load_recipe
-from mmft.training.run import run, run_supervised
+from mmft.training.run import prepare_folder, run, run_supervised
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["train.steps=1", "eval.rows=4", "rollout.prompts_per_step=2", "rollout.num_generations=2"]
@@ -65,6 +65,12 @@ def test_wrong_data_model_and_checkpoint_end_in_one_line_before_training(tmp_pat
     assert "model.lora.target" in message(capsys, recipe_of(tmp_path, "caption_ppo", "model.lora.target=no_such_layer"))
     assert "holds no checkpoint" in message(capsys, recipe_of(tmp_path), resume="latest")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_folder_that_cannot_be_written_to_is_named_with_its_key(tmp_path):
+    (tmp_path / "run").write_text("a file stands where the folder is to be")
+    with pytest.raises(ValueError, match=r"output\.dir: .*run cannot be written to \(File exists\)"):
+        prepare_folder(recipe_of(tmp_path, "caption_ppo"), None)
 
 
 def test_empty_references_are_named(tmp_path, capsys):
