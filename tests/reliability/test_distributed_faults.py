@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "training")]
 
-from launched import ROOT, end, launch, running, start  # noqa: E402
+from launching import ROOT, end, launch, running, start  # noqa: E402
 from uneven import CASES  # noqa: E402
 
 REWARDS = HERE / "faulty_rewards.py"

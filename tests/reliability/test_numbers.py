@@ -15,7 +15,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "training")]
 
-from launched import launch  # noqa: E402
+from launching import launch  # noqa: E402
 from planted import PLACES, VALUES, planted  # noqa: E402
 from test_trainer import trainer_of, weights  # noqa: E402
 
