@@ -4,9 +4,10 @@
 
 Four processes of one thread each take turns: the two of a DDP run over gloo, then the two of independent runs, and
 again. Each process has the shape's prompts in a step, in either pair. The efficiency is the time of a step of the
-independent pair (of the slower one, for the pair as for DDP) over that of the DDP step of the same turn; the
-median of the turns after the first. What a process of either pair does not compute it waits: for the disk, for the machine's other work and, in DDP,
-for the other process and what the two exchange. The difference of the two shares is the price of the latter.
+independent pair (of the slower one, for the pair as for DDP) over that of the DDP step of the same turn; the median of
+the turns after the first. What a process of either pair does not compute it waits: for the disk, for the machine's
+other work and, in DDP, for the other process and what the two exchange. The difference of the two shares is the price
+of the latter.
 
 Target: an efficiency of at least 0.85.
 """
