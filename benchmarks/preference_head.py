@@ -37,7 +37,7 @@ def train(folder: Path) -> None:
 
 def measure(folder: Path, pairs: int) -> dict[str, Any]:
     from mmft.data.preferences import scene_pairs
-    from mmft.recipe_preference import load_preference_recipe
+    from mmft.recipe.preference import load_preference_recipe
     from mmft.training.preference import report
     from mmft.vlm.load import resolve
     from reward_models.preference import PreferenceReward, backbone_name

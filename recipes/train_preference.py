@@ -8,7 +8,7 @@ The folder `output.dir` can then be named as a reward in any other recipe; its s
 """
 
 from mmft.recipe import recipe_main
-from mmft.recipe_preference import load_preference_recipe
+from mmft.recipe.preference import load_preference_recipe
 
 
 def main() -> None:

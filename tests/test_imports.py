@@ -23,7 +23,8 @@ HEIGHTS = {
     "evaluation": 2,
     "hub": 3,
     "training": 4,
-    "cli": 5,
+    "inference": 5,
+    "cli": 6,
 }
 NEVER_IN_REWARDS = {"mmft", "trl", "accelerate", "deepspeed"}
 
@@ -56,11 +57,11 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
 
 
 def room(name: str) -> str | None:
-    """The room a dotted name of mmft lies in; `recipe_yaml` is a part of `recipe`."""
+    """The room a dotted name of mmft lies in."""
     parts = name.split(".")
     if parts[0] != "mmft" or len(parts) == 1:
         return None
-    return parts[1].split("_")[0]
+    return parts[1]
 
 
 def runs_back(importer: str | None, imported: str) -> bool:
@@ -77,7 +78,7 @@ def report(broken: list[str]) -> None:
 
 def room_of(path: Path) -> str | None:
     parts = path.relative_to(ROOT / "mmft").with_suffix("").parts
-    return None if parts == ("__init__",) else parts[0].split("_")[0]
+    return None if parts == ("__init__",) else parts[0]
 
 
 def test_every_room_has_a_height():
@@ -159,7 +160,7 @@ def test_no_drawer_for_everything():
         ("algorithms", "mmft.vlm.policy", True),
         ("batch", "mmft.algorithms.losses", True),
         ("training", "mmft.vlm.policy", False),
-        ("training", "mmft.recipe_yaml.read", False),
+        ("training", "mmft.recipe.strict_yaml.read", False),
         ("vlm", "mmft.vlm.families", False),
         ("training", "reward_models.metrics.cider", False),
         ("data", "mmft.cli.main", True),

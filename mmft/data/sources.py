@@ -18,7 +18,7 @@ from mmft.data.audio import Sounds
 from mmft.data.captions import Captions, read_captions, read_list
 from mmft.data.rows import PICTURES, FileRows, Prompted, Reader, Rows, UsableRows, check_rows, listed
 from mmft.data.video import Clips
-from mmft.recipe_yaml import describe, load_document
+from mmft.recipe.strict_yaml import describe, load_document
 
 PROMPTS = {"image": "Describe the picture.", "video": "Describe the clip.", "audio": "Describe the sound."}
 Media = Literal["image", "video", "audio"]

@@ -22,7 +22,7 @@ from mmft.evaluation.report import charts
 from mmft.hub.card import write_card
 from mmft.hub.drawing import draw_charts
 from mmft.recipe import load_recipe
-from mmft.recipe_secrets import redact, redacted
+from mmft.recipe.secrets import redact, redacted
 
 _PROCESSOR = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from mmft.data.preferences import PICTURE_KINDS
-from mmft.recipe_preference import PreferenceRecipe
+from mmft.recipe.preference import PreferenceRecipe
 from mmft.training.interrupts import Interrupted, Interrupts
 from mmft.training.preference_pairs import OTHER, SPLITS, Examples, as_ratings, gather
 from mmft.training.run import plain_errors

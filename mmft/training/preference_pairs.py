@@ -16,7 +16,7 @@ from PIL import Image
 from mmft.data import load_rows
 from mmft.data.preferences import scene_pairs
 from mmft.data.rows import Prompted
-from mmft.recipe_preference import PreferenceRecipe
+from mmft.recipe.preference import PreferenceRecipe
 from reward_models.preference.pairs import Pair, Rating, read_pairs
 
 PROMPT = "Describe the picture."

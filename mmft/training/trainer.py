@@ -22,7 +22,7 @@ from mmft.data.rows import opened_here
 from mmft.evaluation.captioning import metric_info
 from mmft.evaluation.findings import main_metric
 from mmft.evaluation.report import write_report
-from mmft.recipe_secrets import redact
+from mmft.recipe.secrets import redact
 from mmft.training import distributed
 from mmft.training import rollout as stages
 from mmft.training.checkpoint import (

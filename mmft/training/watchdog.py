@@ -29,7 +29,7 @@ from typing import Any
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from mmft.recipe_secrets import redact
+from mmft.recipe.secrets import redact
 
 FAILED = 1  # exit code after an error in training
 TIMED_OUT = 124  # exit code of the watchdog, as of coreutils' `timeout`

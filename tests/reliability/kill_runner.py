@@ -105,7 +105,7 @@ def a2c(folder: str, overrides: list[str], resume: Any = None) -> None:
 
 
 def preference(folder: str, overrides: list[str], resume: Any = None) -> None:
-    from mmft.recipe_preference import load_preference_recipe
+    from mmft.recipe.preference import load_preference_recipe
     from mmft.training.preference import run_preference
 
     recipe = load_preference_recipe(

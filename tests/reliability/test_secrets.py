@@ -13,7 +13,7 @@ import pytest
 from fake_hub import FakeHub, environment, fake_hub
 
 from mmft.recipe import load_recipe
-from mmft.recipe_secrets import HIDDEN, redact, redacted, stored_login
+from mmft.recipe.secrets import HIDDEN, redact, redacted, stored_login
 
 ROOT = Path(__file__).parents[2]
 NAME = "ann/scenes-ppo"

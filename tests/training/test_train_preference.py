@@ -14,8 +14,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from mmft.data.preferences import scene_pairs
-from mmft.recipe_preference import PreferenceRecipe, load_preference_recipe
-from mmft.recipe_yaml import RecipeError
+from mmft.recipe.preference import PreferenceRecipe, load_preference_recipe
+from mmft.recipe.strict_yaml import RecipeError
 from mmft.training.preference import report, run_preference, text_only
 from mmft.training.preference_pairs import as_ratings, demonstrations, gather
 from reward_models.preference.pairs import Pair, Rating

@@ -10,7 +10,8 @@ from peft import PeftModel
 from test_trainer import count_wanted, rows, weights
 
 from mmft.batch import Responses
-from mmft.recipe import Model, load_recipe
+from mmft.recipe import load_recipe
+from mmft.recipe.sections import Model
 from mmft.training.config import PPOConfig
 from mmft.training.run import assemble, rows_of
 from mmft.training.trainer import PPOTrainer

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from mmft.batch import Responses
-from mmft.recipe import Model
+from mmft.recipe.sections import Model
 from mmft.training.checkpoint import save_adapter
 from mmft.vlm.adapters import FoldedLora
 from mmft.vlm.decoder import text_decoder

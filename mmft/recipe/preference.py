@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 
-from mmft.recipe_secrets import redacted
-from mmft.recipe_yaml import Section, describe, dotted, load_document, override, parse_key, show
+from mmft.recipe.secrets import redacted
+from mmft.recipe.strict_yaml import Section, describe, dotted, load_document, override, parse_key, show
 
 __all__ = ["PreferenceRecipe", "load_preference_recipe"]
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mmft.recipe import Algorithm, Recipe, RecipeError, load_recipe, recipe_main
-from mmft.recipe_preference import load_preference_recipe
-from mmft.recipe_rewards import REWARDS, WITH_TIMEOUT
+from mmft.recipe import Recipe, RecipeError, load_recipe, recipe_main
+from mmft.recipe.preference import load_preference_recipe
+from mmft.recipe.rewards import REWARDS, WITH_TIMEOUT
+from mmft.recipe.sections import Algorithm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

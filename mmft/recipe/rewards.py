@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from mmft.recipe_yaml import Section
+from mmft.recipe.strict_yaml import Section
 
 # The keys of reward_models.named.BUILT_IN, which cannot be imported here; a test compares the two.
 REWARDS = [

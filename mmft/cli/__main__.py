@@ -1,0 +1,5 @@
+import sys
+
+from mmft.cli import main
+
+sys.exit(main())
