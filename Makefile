@@ -13,7 +13,9 @@ THREADS ?= 2
 LAUNCH := $(VENV)/bin/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no \
           --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: demo test soak check bench clean
+.PHONY: install demo test soak check bench docs clean
+
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(LAUNCH) recipes/caption_ppo.py output.dir=$(RUN) $(ARGS)
@@ -36,8 +38,13 @@ check: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(PY) $$file; done
 
+# The documentation as a site, into site/; a warning is an error.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo "Open site/index.html, or for the search: $(PY) -m http.server --directory site"
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(VENV)
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache $(VENV)
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

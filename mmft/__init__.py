@@ -14,6 +14,11 @@ _PLACES = {
     "PPOTrainer": "mmft.training.trainer",
     "A2CTrainer": "mmft.training.trainer",
     "load_rows": "mmft.data",
+    "Captioner": "mmft.inference.captioner",
+    "evaluate": "mmft.inference.evaluate",
+    "merge": "mmft.inference.merge",
+    "push": "mmft.hub",
+    "pull": "mmft.hub",
 }
 
 # On a CPU bitsandbytes, which PEFT imports in every run, would advise to install something that fetches code.

@@ -436,6 +436,16 @@ def test_a_base_on_the_hub_is_named_everywhere(run_folder, hub, tmp_path):
     assert 'from_pretrained("ann/base")' in pull(NAME, tmp_path / "out")
 
 
+def test_a_base_on_this_machine_is_not_taken_for_one_on_the_hub(run_folder, tmp_path, monkeypatch):
+    """models/mine is a good name on the Hub, too; here it is a folder, and nobody else has it."""
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for base in ("models/mine", "./mine", "a/b/c"):
+        with pytest.raises(ValueError, match="--base: .*place on this machine"):
+            push(run_folder, NAME, base=base, dry_run=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_code_of_the_model_is_told(run_folder, tmp_path):
     text = (run_folder / "recipe.yaml").read_text().replace("name: scenes-vlm", "name: ann/coded", 1)
     (run_folder / "recipe.yaml").write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"))

@@ -1,20 +1,99 @@
-"""`mmft doctor`: looks at a recipe before it costs anything."""
+"""`mmft doctor`: looks at the machine and at a recipe before it costs anything."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shlex
+import sys
+from contextlib import redirect_stdout
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from mmft.cli.progress import progress
 from mmft.recipe import load_recipe
 
-app = typer.Typer(help="Looks at a recipe before it costs anything.", no_args_is_help=True)
+
+class _CheckUnlessSaid(TyperGroup):
+    """`mmft doctor RECIPE` is `mmft doctor check RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        first = args[0] if args else ""
+        if not ctx.resilient_parsing and first not in [*self.commands, *ctx.help_option_names]:
+            near = get_close_matches(first, self.commands, n=1)
+            if near and not os.path.exists(first):
+                ctx.fail(f"No such command or recipe {first!r}. Did you mean {near[0]!r}?")
+            args = ["check", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_CheckUnlessSaid)
+
+
+@app.callback()
+def _doctor() -> None:
+    """Looks at this machine and at a recipe before a run costs anything.
+
+    Without a command, `check` is meant.
+
+    Examples:
+      mmft doctor
+      mmft doctor recipes/caption_ppo.yaml
+      mmft doctor recipes/caption_ppo.yaml train.steps=20 --quick
+      mmft doctor rewards recipes/caption_ppo.yaml
+      mmft doctor memory recipes/caption_ppo.yaml
+    """
+
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.sub=value", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key.sub=value", show_default=False, help="changes to the recipe")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the findings there, too")]
+
+
+@app.command()
+def check(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE.yaml", help="without one, only the machine is looked at")
+    ] = None,
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="nothing that loads the model or plans its memory")] = False,
+    file: JsonFile = None,
+) -> None:
+    """One page: machine, recipe, data, rewards, memory, model, and how long the run will take.
+
+    Exit code 0: nothing was found that will hurt; 1: something was; 2: the recipe is wrong.
+
+    Examples:
+      mmft doctor
+      mmft doctor recipes/caption_ppo.yaml
+      mmft doctor recipes/caption_ppo.yaml train.steps=20 --quick --json doctor.json
+    """
+    read = load_recipe(recipe, overrides) if recipe is not None else None
+    if read is None:
+        following = "mmft doctor recipes/caption_ppo.yaml"
+    else:
+        following = shlex.join(["accelerate", "launch", "recipes/caption_ppo.py", str(recipe), *(overrides or [])])
+    # What libraries print while they are loaded is no part of the page.
+    with progress(None, "loading the libraries") as advance, redirect_stdout(io.StringIO()):
+        from mmft.training.doctor import examine  # torch and transformers: only once the recipe is sound
+
+        page = examine(read, following, quick, lambda title: advance(0, f"looking at: {title.lower()}"))
+    if file:
+        file.write_text(json.dumps(page.as_dict(), indent=1, default=str))
+    shown = (sys.stdout.encoding or "ascii").lower().replace("-", "")
+    print(page.text(colour=_coloured(), plain=not shown.startswith("utf")))
+    raise typer.Exit(0 if page.fine else 1)
+
+
+def _coloured() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 @app.command()
@@ -24,7 +103,11 @@ def rewards(
     rows: Annotated[int, typer.Option(min=1, help="held-out rows that are probed")] = 64,
     file: JsonFile = None,
 ) -> None:
-    """Which rewards pay bad responses more than honest ones."""
+    """Which rewards pay bad responses more than honest ones. Exit code 1: the total does.
+
+    Examples:
+      mmft doctor rewards recipes/caption_ppo.yaml
+    """
     read = load_recipe(recipe, overrides)
     from mmft.training.doctor import doctor_rewards  # torch and transformers: only once the recipe is sound
 
@@ -42,7 +125,12 @@ def memory(
     device_gib: Annotated[float | None, typer.Option(help="memory of the GPU; without it, this machine's CPU")] = None,
     file: JsonFile = None,
 ) -> None:
-    """How much memory each phase will take, before anything is loaded."""
+    """How much memory each phase will take, before anything is loaded. Exit code 1: it does not fit.
+
+    Examples:
+      mmft doctor memory recipes/caption_ppo.yaml rollout.num_generations=16
+      mmft doctor memory recipes/caption_ppo.yaml --device-gib 24 --ranks 4 --zero 2
+    """
     read = load_recipe(recipe, overrides)
     from mmft.training.memory import plan_memory
 

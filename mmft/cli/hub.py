@@ -26,7 +26,12 @@ def push(
         bool, typer.Option("--pictures", help="with sample pictures of your own data, if you may")
     ] = False,
 ) -> None:
-    """Publishes a finished run on the Hub, in one commit."""
+    """Publishes a finished run on the Hub, in one commit.
+
+    Examples:
+      mmft push runs/caption_ppo user/name --dry-run out
+      mmft push runs/caption_ppo user/name
+    """
     from mmft.hub import push as publish
 
     print(publish(run, repository, not public, dry_run, base=base, licence=licence, pictures=pictures))
@@ -37,7 +42,11 @@ def pull(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit (default: main)")] = None,
 ) -> None:
-    """Fetches a published run and compares every file with the Hub's hashes."""
+    """Fetches a published run and compares every file with the Hub's hashes.
+
+    Examples:
+      mmft pull user/name folder
+    """
     from mmft.hub import pull as fetch
 
     print(fetch(repository, folder, revision))

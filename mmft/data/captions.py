@@ -20,11 +20,16 @@ from reward_models.picture_files import refuse_outward
 
 @dataclass
 class Captions:
-    """One captions file: name (path below the folder of files) -> captions, and -> its own split, if it has one."""
+    """One captions file: name (path below the folder of files) -> captions, and -> its own split, if it has one.
+
+    columns: name -> whatever else the file says of it; ``image_id`` is COCO's number of the picture. Of several lines
+    of a CSV the first one counts.
+    """
 
     path: Path
     texts: dict[str, list[str]] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def _read_text(path: Path) -> str:
@@ -90,6 +95,11 @@ def _read_csv(path: Path, file: str, caption: str) -> Captions:
                     "(put quotes around a caption that holds a comma)"
                 )
             _add(captions, cells[name].strip(), cells[text], f"{path}:{reader.line_num}")
+            others = {
+                key: cell for i, (key, cell) in enumerate(zip(header, cells, strict=True)) if i not in (name, text)
+            }
+            if others:
+                captions.columns.setdefault(cells[name].strip(), others)
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
     return captions
@@ -121,6 +131,11 @@ def _get(entry: Any, key: str, where: str) -> Any:
     return entry[key]
 
 
+def _plain(entry: dict[str, Any], *known: str) -> dict[str, Any]:
+    """What an entry says in numbers, texts and flags, except for what is known already."""
+    return {key: value for key, value in entry.items() if isinstance(value, str | int | float) and key not in known}
+
+
 def _read_coco(path: Path, images: list[Any], annotations: list[Any]) -> Captions:
     captions = Captions(path)
     names: dict[Any, str] = {}
@@ -134,6 +149,7 @@ def _read_coco(path: Path, images: list[Any], annotations: list[Any]) -> Caption
         refuse_outward(name, where)
         names[number] = name
         captions.texts[name] = []
+        captions.columns[name] = {"image_id": number} | _plain(entry, "id", "file_name")
     for index, entry in enumerate(annotations):
         where = f"{path}: annotations[{index}]"
         number, text = _get(entry, "image_id", where), _get(entry, "caption", where)
@@ -157,6 +173,7 @@ def _read_karpathy(path: Path, images: list[Any]) -> Captions:
         for sentence in sentences:
             _add(captions, name, _get(sentence, "raw", where), where)
         captions.parts[name] = str(_get(entry, "split", where))
+        captions.columns[name] = {key.replace("cocoid", "image_id"): value for key, value in _plain(entry).items()}
     return captions
 
 

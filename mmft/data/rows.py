@@ -63,7 +63,8 @@ class FileRows(Sequence[dict[str, Any]]):
     """Rows whose pictures, clips or sounds are files below one folder.
 
     Args:
-        records: one dict per row with "id", "prompt", "picture" (path below ``root``), "references".
+        records: one dict per row with "id", "prompt", "picture" (path below ``root``), "references", and perhaps
+            "columns", what else the data say of it.
         root: the folder that no file may lie outside of.
         reader: how the files are read; as pictures where it is None.
     """
@@ -91,8 +92,12 @@ class FileRows(Sequence[dict[str, Any]]):
         return (self[index] for index in range(len(self)))
 
     def text(self, index: int) -> dict[str, Any]:
-        record = self.records[index]
+        record = {key: value for key, value in self.records[index].items() if key != "columns"}
         return {**record, "references": list(record["references"])}
+
+    def columns(self, index: int) -> dict[str, Any]:
+        """What else the data say of the row. No part of it: rewards would take a column "labels" for what they know."""
+        return self.records[index].get("columns", {})
 
     def references(self) -> list[list[str]]:
         return [list(record["references"]) for record in self.records]
@@ -185,6 +190,9 @@ class UsableRows(Sequence[dict[str, Any]]):
     def text(self, index: int) -> dict[str, Any]:
         return self.rows.text(self.places[index])
 
+    def columns(self, index: int) -> dict[str, Any]:
+        return columns_of(self.rows, self.places[index])
+
     def references(self) -> list[list[str]]:
         every = self.rows.references()
         return [every[place] for place in self.places]
@@ -228,8 +236,16 @@ class Prompted(Sequence[dict[str, Any]]):
     def text(self, index: int) -> dict[str, Any]:
         return {**self.rows.text(index), "prompt": self.prompt}
 
+    def columns(self, index: int) -> dict[str, Any]:
+        return columns_of(self.rows, index)
+
     def references(self) -> list[list[str]]:
         return self.rows.references()
+
+
+def columns_of(rows: Any, index: int) -> dict[str, Any]:
+    """What the data say of a row beside the row itself; empty for rows that do not know."""
+    return rows.columns(index) if hasattr(rows, "columns") else {}
 
 
 # --- pictures --------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from mmft.data.audio import Sounds
 from mmft.data.captions import Captions, read_captions, read_list
 from mmft.data.rows import PICTURES, FileRows, Prompted, Reader, Rows, UsableRows, check_rows, listed
 from mmft.data.video import Clips
-from mmft.recipe.strict_yaml import describe, load_document
+from mmft.recipe.messages import describe
+from mmft.recipe.strict_yaml import load_document
 
 PROMPTS = {"image": "Describe the picture.", "video": "Describe the clip.", "audio": "Describe the sound."}
 Media = Literal["image", "video", "audio"]
@@ -109,6 +110,12 @@ def load_rows(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit of rows is {limit}; expected at least 1, or none")
+    rows = _rows(name, split, limit, prompt, clips, sounds, bad_rows, decode)
+    rows.origin = name, split  # by which a run in Python can say what it was trained on
+    return rows
+
+
+def _rows(name, split, limit, prompt, clips, sounds, bad_rows, decode) -> Any:
     if name in BUNDLED:
         return _prompted(_drawn(name, split, limit), prompt)
     card, root, called = _find(name)
@@ -131,6 +138,14 @@ def _drawn(name: str, split: str, limit: int | None) -> Rows:
 
 def _prompted(rows: Rows, prompt: str | None) -> Rows:
     return rows if prompt is None else Prompted(rows, prompt)
+
+
+def card_of(name: str) -> Card | None:
+    """The card of a data set; None for the built-in world, and where there is none or a wrong one."""
+    try:
+        return None if name in BUNDLED else _find(name)[0]
+    except ValueError:
+        return None
 
 
 def load_card(path: str | Path) -> Card:
@@ -224,7 +239,9 @@ def _card_rows(card: Card, root: Path, called: str, split: str, limit: int | Non
         raise ValueError(listed(f"{called}: {len(without)} pictures of split {split!r} have no captions", without))
     prompt = card.prompt or PROMPTS[card.media]
     records = [
-        {"id": name, "prompt": prompt, "picture": name, "references": captions.texts[name]} for name in names[:limit]
+        {"id": name, "prompt": prompt, "picture": name, "references": captions.texts[name]}
+        | ({"columns": captions.columns[name]} if name in captions.columns else {})
+        for name in names[:limit]
     ]
     if not records:
         raise ValueError(f"{called}: split {split!r} is empty; expected at least one picture")
@@ -259,6 +276,14 @@ def _names(captions: Captions, card: Card, chosen: Split | None, root: Path, spl
     hashed: dict[str, list[str]] = {"train": [], "validation": [], "test": [], "all": list(captions.texts)}
     for name in captions.texts:
         # By name, so that pictures which are added later move no other picture between the splits.
-        tenth = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
+        tenth = _hashed(name) % 10
         hashed["test" if tenth == 0 else "validation" if tenth == 1 else "train"].append(name)
+    for empty in ("test", "validation"):  # of a small folder: it gets one picture nevertheless
+        if not hashed[empty] and len(hashed["train"]) > 1:
+            hashed[empty] = [min(hashed["train"], key=_hashed)]
+            hashed["train"].remove(hashed[empty][0])
     return _pick(hashed, split, called)
+
+
+def _hashed(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)

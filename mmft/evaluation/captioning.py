@@ -7,7 +7,7 @@ length, variety, and how much of what a caption claims is true.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,14 +51,31 @@ class MetricInfo(NamedTuple):
 
 
 METRICS = {
+    # As the official COCO code computes them on the file that is scored, under its names (`mmft.evaluation.official`).
+    **{f"Bleu_{n}": MetricInfo(f"BLEU-{n}, official", 1) for n in range(1, 5)},
+    "METEOR": MetricInfo("METEOR, official", 1),
+    "ROUGE_L": MetricInfo("ROUGE-L, official", 1),
+    "CIDEr": MetricInfo("CIDEr-D, official", 1),
+    "SPICE": MetricInfo("SPICE, official", 1),
+    # As in training: document frequencies of the training captions.
     "cider_d": MetricInfo("CIDEr-D", 1),
     "corpus_bleu_4": MetricInfo("BLEU-4 of the corpus", 1),
     "bleu_4": MetricInfo("BLEU-4, mean over captions", 1),
     "attribute_accuracy": MetricInfo("True claims about objects", 1, percent=True),
     "attribute_claims": MetricInfo("Claims about objects per caption"),
+    "chair_i": MetricInfo("Objects named that no reference names", -1, percent=True),
+    "chair_s": MetricInfo("Captions with such an object", -1, percent=True),
+    "object_recall": MetricInfo("Objects of the references that are named", 1, percent=True),
+    "clip_score": MetricInfo("CLIPScore", 1),
+    "ref_clip_score": MetricInfo("RefCLIPScore", 1),
+    "distinct_1": MetricInfo("Distinct words", percent=True),
     "distinct_2": MetricInfo("Distinct word pairs", percent=True),
+    "vocabulary": MetricInfo("Different words used"),
+    "self_cider": MetricInfo("Self-CIDEr, variety per picture", 1),
     "length": MetricInfo("Words per caption"),
     "bad_ending": MetricInfo("Captions ending in a function word", -1, percent=True),
+    "repetition": MetricInfo("Repeated words and word triples", -1, percent=True),
+    "unfinished": MetricInfo("Captions cut off at the length limit", -1, percent=True),
     "reward": MetricInfo("Reward", 1),
 }
 
@@ -76,9 +93,11 @@ class CaptionScores(dict[str, np.ndarray]):
         bleu_counts: (N, 10), see `bleu_counts`.
         word_pairs: per caption its word pairs (bigrams).
         signatures: metric -> how exactly it is computed (tokenizer, end token, document frequencies).
+        increments: metric -> its word by word form, see `mmft.evaluation.word_credit`.
     """
 
     signatures: dict[str, str]
+    increments: dict[str, Callable[..., Sequence[np.ndarray]]]
     bleu_counts: np.ndarray
     word_pairs: list[list[tuple[str, str]]]
 
@@ -115,6 +134,7 @@ def score_captions(
         counted = np.array([claims(caption, i) for i, caption in enumerate(captions)], dtype=np.float64)
         scores["attribute_true"], scores["attribute_total"] = counted[:, 0], counted[:, 1]
     scores.signatures = {"cider_d": cider.signature, "bleu_4": bleu.signature}
+    scores.increments = {"cider_d": cider.increments, "bleu_4": bleu.increments}
     scores.bleu_counts = bleu_counts(words, [[simple(ref) for ref in refs] for refs in references])
     scores.word_pairs = [list(zip(w, w[1:], strict=False)) for w in words]
     return scores
@@ -131,7 +151,9 @@ def summarise(per_sample: Mapping[str, np.ndarray], **options) -> dict[str, Inte
     """
     found = statistics.intervals(_statistics(per_sample), **options)
     if isinstance(per_sample, CaptionScores) and any(per_sample.word_pairs):
-        found["distinct_2"] = statistics.jackknife_interval(*_distinct(per_sample), options.get("level", 0.95))
+        found["distinct_2"] = statistics.jackknife_interval(
+            *distinct(per_sample.word_pairs), options.get("level", 0.95)
+        )
     return _ordered({name: interval for name, interval in found.items() if np.isfinite(interval["mean"])})
 
 
@@ -140,7 +162,7 @@ def compare(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], *
     found = statistics.paired_intervals(_statistics(before), _statistics(after), **options)
     if isinstance(before, CaptionScores) and isinstance(after, CaptionScores):
         if any(before.word_pairs) and any(after.word_pairs):
-            (old, old_out), (new, new_out) = _distinct(before), _distinct(after)
+            (old, old_out), (new, new_out) = distinct(before.word_pairs), distinct(after.word_pairs)
             level = options.get("level", 0.95)
             found["distinct_2"] = statistics.jackknife_interval(new - old, new_out - old_out, level)
             found["distinct_2"]["relative"] = (new - old) / old
@@ -153,22 +175,25 @@ def bleu_counts(captions: Sequence[list[str]], references: Sequence[Sequence[lis
     out = np.zeros((len(captions), 10))
     for row, words, refs in zip(out, captions, references, strict=True):
         for n in range(1, 5):
-            grams = _ngrams(words, n)
+            grams = ngrams(words, n)
             most: Counter[tuple[str, ...]] = Counter()
             for ref in refs:
-                most |= _ngrams(ref, n)
+                most |= ngrams(ref, n)
             row[n - 1], row[n + 3] = (grams & most).total(), grams.total()
         row[8] = len(words)
         row[9] = min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
     return out
 
 
-def corpus_bleu_4(sums: np.ndarray) -> np.ndarray:
-    """BLEU-4 from summed counts (..., 10) -> (...) (Papineni et al. 2002); 0 where an order has no match."""
-    matched, tried, length, closest = sums[..., :4], sums[..., 4:8], sums[..., 8], sums[..., 9]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.where(matched > 0, np.log(matched / tried), -np.inf).mean(-1)
-        return np.where(length > 0, np.exp(logs + np.minimum(0.0, 1.0 - closest / length)), 0.0)
+def corpus_bleu(sums: np.ndarray, n: int = 4) -> np.ndarray:
+    """BLEU-n from summed counts (..., 10) -> (...) (Papineni et al. 2002), as pycocoevalcap computes it.
+
+    Its 1e-15 and 1e-9 are part of the formula: without any common n-gram it gives about 1e-4, not 0.
+    """
+    matched, tried, length, closest = sums[..., :n], sums[..., 4 : 4 + n], sums[..., 8], sums[..., 9]
+    precision = np.prod((matched + 1e-15) / (tried + 1e-9), axis=-1) ** (1 / n)
+    penalty = np.exp(1 - 1 / np.clip((length + 1e-15) / (closest + 1e-9), 1e-15, 1.0))
+    return np.where(length > 0, precision * penalty, 0.0)
 
 
 def _statistics(per_sample: Mapping[str, np.ndarray]) -> dict[str, Statistic]:
@@ -179,21 +204,24 @@ def _statistics(per_sample: Mapping[str, np.ndarray]) -> dict[str, Statistic]:
         found["attribute_accuracy"] = statistics.ratio(true, total)
         found["attribute_claims"] = statistics.mean(total)
     if isinstance(per_sample, CaptionScores):
-        found["corpus_bleu_4"] = Statistic(per_sample.bleu_counts, corpus_bleu_4)
+        found["corpus_bleu_4"] = Statistic(per_sample.bleu_counts, corpus_bleu)
     return found
 
 
-def _distinct(scores: CaptionScores) -> tuple[float, np.ndarray]:
-    """Distinct-2 (Li et al. 2016): different word pairs / word pairs; and with one caption left out each, (N,)."""
-    pairs = scores.word_pairs
-    holders = Counter(pair for row in pairs for pair in set(row))  # captions that hold a pair
-    tokens = sum(map(len, pairs))
-    lost = np.array([sum(holders[pair] == 1 for pair in set(row)) for row in pairs])
-    rest = tokens - np.array([len(row) for row in pairs])
-    return len(holders) / tokens, (len(holders) - lost) / np.maximum(rest, 1)
+def distinct(items: Sequence[Sequence[Hashable]]) -> tuple[float, np.ndarray]:
+    """Different items / items (distinct-n of Li et al. 2016, for n-grams) over all rows, and with each row left out.
+
+    The latter, (N,), is for `statistics.jackknife_interval`.
+    """
+    holders = Counter(item for row in items for item in set(row))  # rows that hold an item
+    total = sum(map(len, items))
+    lost = np.array([sum(holders[item] == 1 for item in set(row)) for row in items])
+    rest = total - np.array([len(row) for row in items])
+    return len(holders) / total, (len(holders) - lost) / np.maximum(rest, 1)
 
 
-def _ngrams(words: list[str], n: int) -> Counter[tuple[str, ...]]:
+def ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    """How often each run of n words occurs."""
     return Counter(zip(*(words[i:] for i in range(n)), strict=False))
 
 

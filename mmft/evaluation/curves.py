@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 360, 170  # of the viewBox
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 MOST_POINTS = 240  # per line; more cannot be told apart at this size
 HIT_POINTS = 60  # per line, with a hover title
+_PEAK, _ROOM, _USUAL = 8.0, 3.0, 0.9  # a value past 8 times what nine in ten stay below is cut off at 3 times that
 
 Points = list[tuple[float, float]]
 
@@ -66,30 +67,44 @@ def chart(
         lines: (label, points) each.
         band: half-widths of a band around the first line, at the same steps.
         stacked: lay the lines on each other as areas; all need the same steps.
-        floor: values below it are drawn at it (one bad first step must not flatten the rest).
+        floor: values below it are drawn at it (one bad first step must not flatten the rest). Lone peaks are cut off
+            likewise, and the note says so.
         marked: show every point, for few of them.
     """
+    colours = [i for i, (_, points) in enumerate(lines) if points]  # a run keeps its colour where another has no line
     lines = [(label, thin(points)) for label, points in lines if points]
     if not lines:
         return None
     if stacked:
         return _stacked(title, lines, note)
-    if floor is not None:
-        lines = [(label, [(x, max(y, floor) if math.isfinite(y) else y) for x, y in p]) for label, p in lines]
     widths = dict(band or [])
     edges = [(x, y, widths.get(x, math.nan)) for x, y in lines[0][1]]
     edges = [edge for edge in edges if all(map(math.isfinite, edge))]
     values = [y for _, points in lines for _, y in points if math.isfinite(y)]
     values += [y + sign * w for _, y, w in edges for sign in (-1, 1)]
+    ceiling = None if band or marked else _ceiling(values)
+    if ceiling is not None:
+        note = f"{note} Peaks are cut off; the highest is {short(max(values))}.".strip()
+    least, most = max(min(values), -math.inf if floor is None else floor), max(values) if ceiling is None else ceiling
     to_x, x_ticks = _x_axis(lines)
-    to_y, y_ticks = _y_axis(min(values), max(values))
+    to_y, y_ticks = _y_axis(least, max(least, most))
     areas = []
     if len(edges) > 1:
         upper = [(x, y + w) for x, y, w in edges]
         lower = [(x, y - w) for x, y, w in reversed(edges)]
         areas = [(0, _polygon(upper + lower, to_x, to_y))]
-    drawn = [_line(label, i, points, to_x, to_y, marked) for i, (label, points) in enumerate(lines)]
+
+    def inside(y: float) -> float:
+        return to_y(min(max(y, least), most))
+
+    drawn = [_line(label, i, points, to_x, inside, marked) for i, (label, points) in zip(colours, lines, strict=True)]
     return Chart(title, note, drawn, areas, x_ticks, y_ticks)
+
+
+def _ceiling(values: Sequence[float]) -> float | None:
+    """Where lone peaks are cut off, so that they do not flatten the rest; None where there are none."""
+    usual = sorted(values)[int(_USUAL * (len(values) - 1))]
+    return _ROOM * usual if usual > 0 and max(values) > _PEAK * usual else None
 
 
 def _stacked(title: str, lines: list[tuple[str, Points]], note: str) -> Chart:
@@ -161,7 +176,16 @@ def _y_axis(low: float, high: float):
     def place(y: float) -> float:
         return TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    return place, [(round(place(t), 1), short(t)) for t in ticks]
+    return place, [(round(place(t), 1), label) for t, label in zip(ticks, _labels(ticks), strict=True)]
+
+
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """Ticks in so many digits that no two look alike."""
+    labels = [short(tick) for tick in ticks]
+    if len(set(labels)) < len(labels):
+        decimals = 1 - math.floor(math.log10(ticks[1] - ticks[0]))
+        labels = [f"{tick:.{max(0, decimals)}f}".replace("-", "−") for tick in ticks]
+    return labels
 
 
 def _round_ticks(low: float, high: float, about: int) -> list[float]:
@@ -183,7 +207,8 @@ def short(value: float) -> str:
     elif size >= 1e4:
         text = f"{value / 1e3:.3g}k"
     elif 0 < size < 1e-3:
-        text = f"{value:.1e}"
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     else:
         text = f"{value:.4g}" if size >= 1000 else f"{value:.3g}"
     return text.replace("-", "−")

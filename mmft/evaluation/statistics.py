@@ -8,12 +8,17 @@ Every score here is a function of sums over rows (a mean is sum / count, an accu
 of ten summed counts), so a resample is a vector of row weights and all resamples of all scores are one matrix product.
 A paired comparison draws the same rows for both sides: what makes a picture hard cancels.
 
+Permutation test (Fisher 1935; for systems on the same test set Yeh 2000, "More accurate tests for the statistical
+significance of result differences"): if two models were alike, either could have written either caption. Swap the
+two captions of each picture by a coin, and count how often the difference is as large as the one seen. For a mean that
+is a flip of the signs of the rows' differences; swapping rows serves corpus scores as well.
+
 Left out on purpose: bias-corrected intervals (BCa); over hundreds of rows they differ little from percentiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -23,6 +28,9 @@ import numpy as np
 Interval = dict[str, float | None]
 
 _RESAMPLES, _LEVEL, _SEED = 2000, 0.95, 0
+_SWAPS = 10_000  # random swaps of a permutation test ...
+_EXACT = 12  # ... of more rows than this; up to here all of them
+_ROUNDING = 1e-9  # what a difference may lose by another order of adding, as a share of itself
 _CELLS = 4_000_000  # row weights held at once, so that memory does not grow with the rows
 
 
@@ -92,6 +100,83 @@ def paired_intervals(
     return out
 
 
+def separate_intervals(
+    these: Mapping[str, Statistic],
+    others: Mapping[str, Statistic],
+    resamples: int = _RESAMPLES,
+    level: float = _LEVEL,
+    seed: int = _SEED,
+) -> dict[str, Interval]:
+    """Name -> {"mean": these - others, "low", "high"} for two sets of different rows, drawn independently."""
+    names = [name for name in these if name in others]
+    drawn = [
+        _resampled([side[name] for name in names], resamples, seed + i) if names else []
+        for i, side in enumerate((these, others))
+    ]
+    return {
+        name: {"mean": _exact(these[name]) - _exact(others[name])} | _percentiles(left - right, level)
+        for name, left, right in zip(names, *drawn, strict=True)
+    }
+
+
+def paired_permutation(
+    before: Mapping[str, Statistic], after: Mapping[str, Statistic], resamples: int = _SWAPS, seed: int = _SEED
+) -> dict[str, float]:
+    """Name -> two-sided p of "the two sides are alike", by swapping the sides of rows. NaN where a score is undefined.
+
+    Up to 12 rows every one of the 2^n swaps is counted, so that p is exact. Else `resamples` random ones are, and
+    p = (1 + as large) / (1 + resamples), for what was seen is one of the possible outcomes (Phipson and Smyth 2010,
+    "Permutation p-values should never be zero", equation 2).
+
+    Raises:
+        ValueError: no rows, or unequal numbers of rows.
+    """
+    names = [name for name in before if name in after]
+    if not names:
+        return {}
+    old, new = (_side_by_side([side[name] for name in names]) for side in (before, after))
+    if len(old) != len(new):
+        raise ValueError(f"paired scores need equal rows: {len(old)} before, {len(new)} after")
+    widths = [before[name].columns.shape[1] for name in names]
+    larger, tried = np.zeros(len(names)), 0
+    seen = [_exact(after[name]) - _exact(before[name]) for name in names]
+    for swapped in _swaps(len(old), resamples, seed):
+        moved = swapped @ (new - old)
+        sides = (np.split(side, np.cumsum(widths)[:-1], axis=1) for side in (old.sum(0) + moved, new.sum(0) - moved))
+        for i, (name, left, right) in enumerate(zip(names, *sides, strict=True)):
+            found = np.abs(after[name].value(right) - before[name].value(left))
+            larger[i] += (found >= abs(seen[i]) * (1 - _ROUNDING)).sum()
+        tried += len(swapped)
+    extra = 0 if len(old) <= _EXACT else 1
+    return {
+        name: float((extra + count) / (extra + tried)) if np.isfinite(difference) else float("nan")
+        for name, count, difference in zip(names, larger, seen, strict=True)
+    }
+
+
+def permutation_test(
+    difference: Callable[[np.ndarray], float], n: int, resamples: int = 999, seed: int = _SEED
+) -> float:
+    """`paired_permutation` of any score: `difference` takes which rows are swapped, (n,) of bool."""
+    seen = abs(difference(np.zeros(n, bool))) * (1 - _ROUNDING)
+    found = [abs(difference(row)) >= seen for swapped in _swaps(n, resamples, seed) for row in swapped > 0]
+    extra = 0 if n <= _EXACT else 1
+    return (extra + sum(found)) / (extra + len(found))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p values corrected for how many were looked at (Holm 1979).
+
+    Of m values the k-th smallest is taken m - k + 1 times, and none ends below a smaller one's. Holds for metrics that
+    depend on each other, as these do. NaN stays, and is not counted.
+    """
+    known = sorted((p, name) for name, p in p_values.items() if np.isfinite(p))
+    out, highest = {name: float("nan") for name in p_values}, 0.0
+    for k, (p, name) in enumerate(known):
+        highest = out[name] = max(highest, min(1.0, (len(known) - k) * p))
+    return out
+
+
 def mean_interval(values: np.ndarray, **options) -> Interval:
     """`intervals` of one mean; values (n,)."""
     return intervals({"": mean(values)}, **options)[""]
@@ -144,15 +229,31 @@ def jackknife_interval(value: float, left_out: np.ndarray, level: float = _LEVEL
     return {"mean": float(value), "low": float(value) - reach, "high": float(value) + reach}
 
 
-def _resampled(statistics: list[Statistic], resamples: int, seed: int) -> list[np.ndarray]:
-    """Per statistic its value in each resample, (resamples,)."""
+def _swaps(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Which rows are swapped, (chunk, n) of 0.0 and 1.0: all 2^n ways, or `resamples` random ones."""
+    if n <= _EXACT:
+        yield (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.float64)
+        return
+    rng = np.random.default_rng(seed)
+    step = max(1, _CELLS // n)
+    for start in range(0, resamples, step):
+        yield rng.integers(2, size=(min(step, resamples - start), n), dtype=np.int8).astype(np.float64)
+
+
+def _side_by_side(statistics: Sequence[Statistic]) -> np.ndarray:
+    """The columns of all statistics, (n, sum of k)."""
     sizes = {len(s.columns) for s in statistics}
     if len(sizes) > 1:
         raise ValueError(f"scores of one comparison need equal numbers of rows, got {sorted(sizes)}")
-    n = sizes.pop() if sizes else 0
-    if not n:
+    if not sizes or not sizes.pop():
         raise ValueError("no rows to resample; the held-out set is empty")
-    columns = np.concatenate([s.columns for s in statistics], axis=1)
+    return np.concatenate([s.columns for s in statistics], axis=1)
+
+
+def _resampled(statistics: list[Statistic], resamples: int, seed: int) -> list[np.ndarray]:
+    """Per statistic its value in each resample, (resamples,)."""
+    columns = _side_by_side(statistics)
+    n = len(columns)
     sums = np.empty((resamples, columns.shape[1]))
     rng = np.random.default_rng(seed)
     step = max(1, _CELLS // n)

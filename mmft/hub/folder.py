@@ -18,13 +18,13 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from mmft.data.sources import BUNDLED as DRAWN
-from mmft.evaluation.report import charts
+from mmft.evaluation.charts import charts
 from mmft.hub.card import write_card
 from mmft.hub.drawing import draw_charts
 from mmft.recipe import load_recipe
 from mmft.recipe.secrets import redact, redacted
 
-_PROCESSOR = (
+PROCESSOR = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
     "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json processor_config.json "
     "preprocessor_config.json video_preprocessor_config.json"
@@ -33,10 +33,11 @@ _MODEL = r"(config|generation_config|model\.safetensors\.index)\.json|model(-\d{
 _ADAPTER = r"adapter_config\.json|adapter_model\.safetensors"
 ALLOWED = re.compile(
     rf"README\.md|recipe\.yaml|value_head\.safetensors|curves\.png|pictures/\d{{5}}\.jpg|{_ADAPTER}"
-    rf"|(base_model/)?({_MODEL})|{'|'.join(map(re.escape, _PROCESSOR))}"
+    rf"|(base_model/)?({_MODEL})|{'|'.join(map(re.escape, PROCESSOR))}"
 )
 SAMPLES = 6  # held-out rows in the card
 _CURVES = ("Reward", "Held-out", "KL to the reference", "Entropy")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # The folders of an absolute path: they name a machine, and often its user.
 _FOLDERS = re.compile(r"(?<![\w/.<)])(?:/(?:[\w.~+-]+/)+|~/(?:[\w.~+-]+/)*|[A-Z]:\\(?:[^\\\n]+\\)*)(?=[\w.-])")
 
@@ -170,7 +171,7 @@ def _copy_weights(run: Run, target: Path) -> None:
             _copy(run.folder / "warm_start", target / "base_model", _MODEL)
     for config in target.rglob("config.json"):
         _edit(config, {"_name_or_path": run.base.name})
-    _copy(run.folder / "processor", target, "|".join(map(re.escape, _PROCESSOR)))
+    _copy(run.folder / "processor", target, "|".join(map(re.escape, PROCESSOR)))
     _edit(target / "tokenizer_config.json", {"name_or_path": run.base.name})
     if (run.folder / "value_head.safetensors").is_file() and run.recipe["model"]["critic"] == "head":
         shutil.copyfile(run.folder / "value_head.safetensors", target / "value_head.safetensors")
@@ -212,7 +213,7 @@ def _look_through(files: list[Path], target: Path, run_folder: Path) -> None:
         text = _text(target / name)
         if redact(text) != text:
             raise ValueError(f"{name} would hold a token or password; take it out of the run folder's files first")
-        found = [] if name.name in _PROCESSOR else _FOLDERS.findall(text)
+        found = [] if name.name in PROCESSOR else _FOLDERS.findall(text)
         if found := sorted([*found, *(place for place in own if re.search(re.escape(place) + r"\b", text))]):
             raise ValueError(f"{name} would hold {found[0]!r}, a place on this machine; give a relative path instead")
 
@@ -231,13 +232,18 @@ def _text(path: Path) -> str:
 def base_of(recipe: dict[str, Any], given: str | None = None) -> Base:
     """What the adapters of a recipe stand on; given: its id on the Hub, where the recipe names a folder."""
     name = recipe["model"]["name"]
+    if given and (Path(given).exists() or not _HUB_ID.fullmatch(given)):
+        raise ValueError(
+            f"--base: {given!r} is a place on this machine, where nobody else finds it; expected the id of the base "
+            "model on the Hub, user/name"
+        )
     if recipe.get("warm_start"):
         return Base(given or _without_place(name), "here")
     if given:
         return Base(given, "hub")
     if re.fullmatch(r"[\w-]+", name) and (Path(__file__).parents[1] / "assets" / name.replace("-", "_")).is_dir():
         return Base(name, "bundled")
-    here = Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    here = Path(name).exists() or not _HUB_ID.fullmatch(name)
     return Base(_without_place(name), "folder" if here else "hub")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mmft.recipe.messages import show
 from mmft.recipe.rewards import WITH_TIMEOUT, ShareWeight
-from mmft.recipe.strict_yaml import Key, parse_key, show
+from mmft.recipe.strict_yaml import Key, parse_key
 
 if TYPE_CHECKING:
     from mmft.recipe.sections import Recipe

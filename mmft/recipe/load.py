@@ -8,14 +8,86 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from mmft.recipe.combinations import impossible
+from mmft.recipe.extends import load_extended
+from mmft.recipe.messages import describe
+from mmft.recipe.overrides import override
+from mmft.recipe.root import Root
 from mmft.recipe.secrets import hide_secrets, remember_secrets
 from mmft.recipe.sections import Recipe
-from mmft.recipe.strict_yaml import Document, Key, RecipeError, describe, dotted, load_document, override
+from mmft.recipe.strict_yaml import COMMAND_LINE, Document, Key, RecipeError, dotted
+
+_Kind = TypeVar("_Kind", bound=Root)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.sub=value`` each, the value read as YAML, for example
+            ``["train.steps=10", "rewards.1.weight=0.5"]``.
+
+    Raises:
+        RecipeError: anything at all is wrong; ``problems`` lists every mistake as
+            ``file:line: key: got VALUE, expected ..., did you mean ...?`` (``command line:`` for overrides).
+    """
+    return read_recipe(path, overrides, Recipe)[0]
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None, kind: type[_Kind]) -> tuple[_Kind, Document]:
+    """Read a recipe of one kind, and where each of its values was written. Raises as `load_recipe`."""
+    document = load_extended(path)
+    return finished(document, overrides, kind), document
+
+
+def finished(document: Document, overrides: list[str] | None, kind: type[_Kind]) -> _Kind:
+    """The recipe of a document that was read, with overrides; raises as `load_recipe`."""
+    for text in overrides or []:
+        override(document, text)
+    remember_secrets(document.data)
+    recipe = _check(document, kind)
+    document.raise_if_any()
+    assert recipe is not None
+    return _card_beside(recipe, document) if isinstance(recipe, Recipe) else recipe
+
+
+def _check(document: Document, kind: type[_Kind]) -> _Kind | None:
+    wrong: list[Key] = []
+    recipe: _Kind | None
+    try:
+        recipe = kind.model_validate(document.data, context={"lines": True})
+    except ValidationError as error:
+        if _of_another_kind(document, kind):
+            return None
+        wrong = describe(kind, document, error)
+        try:  # the rest of the file may hold impossible combinations: say so in the same breath
+            recipe = kind.model_validate(_without(document.data, wrong), context={"lines": True})
+        except ValidationError:
+            return None
+    # Of a file that is not all there, nothing can be said of what goes with what.
+    for key, others, text in recipe.impossible() if document.whole else []:
+        if not any(_overlap(bad, part) for bad in wrong for part in [key, *others]):
+            given = [part for part in [key, *others] if part in document.places] or [key]
+            # Look first at what the command line changed, then at the file, then at what it extends.
+            place = min((document.place(part) for part in given), key=document.rank)
+            document.add(place, f"{dotted(key)}: {text}")
+    return recipe
+
+
+def _of_another_kind(document: Document, kind: type[Root]) -> bool:
+    """Whether a recipe is meant for another script: one problem that says so, in place of all that follow from it."""
+    from mmft.recipe.kinds import kind_of  # which imports this file
+
+    meant = kind_of(document, in_doubt=kind)
+    if meant is kind:
+        return False
+    key = next(name for name in document.data if name in meant.model_fields and name not in kind.model_fields)
+    document.problem((key,), f"belongs to another kind of recipe; launch this one by `{meant.launched_by}`")
+    return True
 
 
 def _without(data: dict[str, Any], keys: list[Key]) -> dict[str, Any]:
@@ -36,51 +108,13 @@ def _overlap(one: Key, two: Key) -> bool:
     return one[: len(two)] == two or two[: len(one)] == one
 
 
-def _check(document: Document) -> Recipe | None:
-    wrong: list[Key] = []
-    recipe: Recipe | None
-    try:
-        recipe = Recipe.model_validate(document.data, context={"lines": True})
-    except ValidationError as error:
-        wrong = describe(Recipe, document, error)
-        try:  # the rest of the file may hold impossible combinations: say so in the same breath
-            recipe = Recipe.model_validate(_without(document.data, wrong), context={"lines": True})
-        except ValidationError:
-            return None
-    for key, others, text in impossible(recipe):
-        if not any(_overlap(bad, part) for bad in wrong for part in [key, *others]):
-            given = [part for part in [key, *others] if part in document.places] or [key]
-            # Look first at what the command line changed, else at the first that the file mentions.
-            typed = next((part for part in given if document.line(part) == 0), given[0])
-            document.add(document.line(typed), f"{dotted(key)}: {text}")
-    return recipe
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read, override and check a recipe.
-
-    Args:
-        path: the YAML file.
-        overrides: ``key.sub=value`` each, the value read as YAML, for example
-            ``["train.steps=10", "rewards.1.weight=0.5"]``.
-
-    Raises:
-        RecipeError: anything at all is wrong; ``problems`` lists every mistake as
-            ``file:line: key: got VALUE, expected ..., did you mean ...?`` (``command line:`` for overrides).
-    """
-    document = load_document(path)
-    for text in overrides or []:
-        override(document, text)
-    remember_secrets(document.data)
-    recipe = _check(document)
-    document.raise_if_any()
-    assert recipe is not None
-    card = recipe.data.name
-    beside = Path(path).parent / card
-    if card.endswith((".yaml", ".yml")) and not Path(card).exists() and beside.is_file():
-        data = recipe.data.model_copy(update={"name": str(beside)})  # a card kept next to its recipe
-        recipe = recipe.model_copy(update={"data": data})
-    return recipe
+def _card_beside(recipe: Any, document: Document) -> Any:
+    """The recipe, its data card found next to the file that names it."""
+    card, place = recipe.data.name, document.place(("data", "name"))
+    beside = Path(document.source if place == COMMAND_LINE else place.source).parent / card
+    if not card.endswith((".yaml", ".yml")) or Path(card).exists() or not beside.is_file():
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": str(beside)})})
 
 
 def recipe_main(

@@ -2,33 +2,29 @@
 
 Used for recipes and for dataset cards. Plain YAML libraries keep the last of two equal keys, expand alias bombs
 and build objects from tags; all of that is refused here. Numbers follow YAML 1.2, so that ``1e-5`` is a number,
-``010`` is ten and ``no`` is text. Knows nothing about any particular recipe.
+``010`` is ten and ``no`` is text. Knows nothing about any particular recipe; `mmft.recipe.messages` has the sentences.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import annotated_types
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 Key = tuple[str | int, ...]
 
-COMMAND_LINE = "command line"
+EXTENDS = "extends"  # the key of mmft/recipe/extends.py
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000  # aliases count once per use, which defuses alias bombs
+MAX_DEPTH = 12
 _TAG = "tag:yaml.org,2002:"
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?")
+NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?")
 
 
 class Section(BaseModel):
@@ -45,36 +41,65 @@ class RecipeError(ValueError):
         self.problems = problems
 
 
+class Place(NamedTuple):
+    """Where a value was written: file and line (from 1), or the command line."""
+
+    source: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+
+COMMAND_LINE = Place("command line")
+
+
 @dataclass
 class Document:
-    """Plain data of one YAML file, where each key stood, and what was wrong with it so far."""
+    """Plain data of a YAML file (and of those it extends), where each key stood, and what was wrong with it so far."""
 
     source: str
     data: dict[str, Any] = field(default_factory=dict)
-    places: dict[Key, int] = field(default_factory=dict)  # line from 1; 0 = command line
-    found: list[tuple[int, str]] = field(default_factory=list)
+    places: dict[Key, Place] = field(default_factory=dict)
+    found: dict[tuple[Place, str], None] = field(default_factory=dict)  # each problem once, in the order of finding
     spoilt: set[Key] = field(default_factory=set)  # values that could not be read; no second complaint about them
+    sources: list[str] = field(default_factory=list)  # the files read, in the order of their problems
+    whole: bool = True  # False: a file could not be read at all
+    extendable: bool = False  # whether the file may say `extends`
 
-    def line(self, key: Key) -> int:
-        """The line of a key, or of the nearest section around it."""
+    def __post_init__(self) -> None:
+        self.sources = [self.source]
+
+    def place(self, key: Key) -> Place:
+        """The place of a key, or of the nearest section around it."""
         while key and key not in self.places:
             key = key[:-1]
-        return self.places.get(key, 1)
+        return self.places.get(key, Place(self.source, 1))
 
-    def add(self, line: int, text: str) -> None:
-        place = f"{self.source}:{line}" if line else COMMAND_LINE
-        entry = (line, f"{place}: {text}")
-        if entry not in self.found:
-            self.found.append(entry)
+    def add(self, place: Place, text: str) -> None:
+        self.found[place, text] = None
 
     def problem(self, key: Key, text: str) -> None:
-        name = dotted(key)
-        self.add(self.line(key), f"{name}: {text}" if name else text)
+        self.add(self.place(key), _about(key, text))
+
+    def give_up(self, line: int | None, text: str) -> None:
+        """A problem after which nothing of the file is left to be looked at."""
+        self.add(Place(self.source, line), text)
+        self.whole = False
+
+    def forget(self, key: Key) -> None:
+        """Drops what is known of a key and all below it: something else takes its place."""
+        self.places = {other: place for other, place in self.places.items() if other[: len(key)] != key}
+        self.spoilt = {other for other in self.spoilt if other[: len(key)] != key}
+
+    def rank(self, place: Place) -> int:
+        """Which is looked at first: the command line, typed last; then the file; then what it extends, in turn."""
+        return -1 if place == COMMAND_LINE else self.sources.index(place.source)
 
     def raise_if_any(self) -> None:
         if self.found:
-            # The command line was typed last and is looked at first; then the file from top to bottom.
-            raise RecipeError([text for _, text in sorted(self.found, key=lambda entry: entry[0])])
+            entries = sorted(self.found, key=lambda entry: (self.rank(entry[0]), entry[0].line or 0))
+            raise RecipeError([f"{place}: {text}" for place, text in entries])
 
 
 def dotted(key: Key) -> str:
@@ -85,6 +110,10 @@ def parse_key(name: str) -> Key:
     return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
 
 
+def _about(key: Key, text: str) -> str:
+    return f"{dotted(key)}: {text}" if key else text
+
+
 def load_document(path: str | Path) -> Document:
     """Read a YAML file whose top level is a mapping.
 
@@ -92,80 +121,132 @@ def load_document(path: str | Path) -> Document:
         RecipeError: the file cannot be read, or is not YAML at all. Lesser mistakes are collected in the
             document.
     """
-    path = Path(path)
-    document = Document(source=str(path))
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise RecipeError([f"{path}: cannot be read: {error.strerror or error}"]) from None
-    if len(raw) > MAX_BYTES:
-        raise RecipeError([f"{path}: longer than {MAX_BYTES // 1024} KiB, expected a short YAML file"])
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise RecipeError(
-            [f"{path}:{line}: byte {raw[error.start]:#04x} is not UTF-8, expected the file saved as UTF-8"]
-        ) from None
-    node = _compose(document, text)
-    document.raise_if_any()
-    if node is None:
-        raise RecipeError([f"{path}:1: the file is empty, expected keys with values"])
-    if not isinstance(node, MappingNode):
-        line = node.start_mark.line + 1
-        raise RecipeError([f"{path}:{line}: got {_shape(node)} at the top, expected keys with values"])
-    data = _Walk(document).value(node, ())
-    if data is None:
+    document = read_document(path)
+    if not document.whole:
         document.raise_if_any()
-    document.data = data
     return document
 
 
-def _compose(document: Document, text: str, line: int | None = None) -> Node | None:
+def read_document(path: str | Path) -> Document:
+    """As `load_document`, but raises nothing: a file that cannot be read is a document that is not ``whole``."""
+    path = Path(path)
+    document = Document(source=str(path))
+    text = _text(document, path)
+    node = None if text is None else compose(document, text)
+    if document.found:
+        document.whole = False
+    elif node is None:
+        document.give_up(1, "the file is empty, expected keys with values")
+    elif not isinstance(node, MappingNode):
+        document.give_up(node.start_mark.line + 1, f"got {_shape(node)} at the top, expected keys with values")
+    else:
+        data = Walk(document).value(node, ())
+        document.data, document.whole = data or {}, document.whole and data is not None
+    return document
+
+
+def _text(document: Document, path: Path) -> str | None:
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        document.give_up(None, f"cannot be read: {getattr(error, 'strerror', None) or error}")
+        return None
+    if len(raw) > MAX_BYTES:
+        document.give_up(None, f"longer than {MAX_BYTES // 1024} KiB, expected a short YAML file")
+        return None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        said = f"byte {raw[error.start]:#04x} is not UTF-8, expected the file saved as UTF-8"
+        document.give_up(line, said)
+        return None
+
+
+def compose(document: Document, text: str, place: Place | None = None) -> Node | None:
+    """The YAML nodes of a text, or None and a problem: at ``place``, or where the text has it."""
+    if line := _too_deep(text):
+        document.add(place or Place(document.source, line), _DEEP)
+        return None
     try:
         return YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        at = line if line is not None else (mark.line + 1 if mark else 1)
+        line = mark.line + 1 if mark else 1
         reason = " ".join(filter(None, [error.context, error.problem]))
-        document.add(at, f"not valid YAML: {reason}")
     except YAMLError as error:
-        position = getattr(error, "position", 0)
-        at = line if line is not None else text.count("\n", 0, position) + 1
-        document.add(at, f"not valid YAML: {getattr(error, 'reason', None) or error}")
+        line = text.count("\n", 0, getattr(error, "position", 0)) + 1
+        reason = str(getattr(error, "reason", None) or error)
     except RecursionError:
-        document.add(line or 1, "nested too deeply, expected at most a few levels")
+        document.add(place or Place(document.source, 1), _DEEP)
+        return None
     except ValueError as error:
-        document.add(1 if line is None else line, f"not valid YAML: {error}")
+        line, reason = 1, str(error)
+    document.add(place or Place(document.source, line), f"not valid YAML: {reason}{_advice(reason)}")
     return None
 
 
-class _Walk:
-    """Turns YAML nodes into plain data, noting the line of each key."""
+_DEEP = "nested too deeply, expected at most a few levels"
 
-    def __init__(self, document: Document, line: int | None = None):
-        self.document, self.fixed_line, self.count = document, line, 0
+
+def _too_deep(text: str) -> int:
+    """The line on which brackets are opened within brackets for the hundredth time, or 0; the parser takes seconds."""
+    depth = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth = max(0, depth + (1 if bracket[0] in "[{" else -1))
+        if depth == 100:
+            return text.count("\n", 0, bracket.start()) + 1
+    return 0
+
+
+# What the parser says, and what a person who writes YAML by hand has usually done.
+_ADVICE = {
+    "character '\\t'": "indent with spaces, not tabs",
+    "mapping values are not allowed here": "quote a text that holds a colon, or mend the indentation",
+    "could not find expected ':'": "expected key: value",
+    "another document": "expected one recipe per file, without ---",
+    "'%'": "quote a text that begins with %",
+    "'@'": "quote a text that begins with @",
+    "'`'": "quote a text that begins with `",
+}
+
+
+def _advice(reason: str) -> str:
+    return next((f"; {advice}" for said, advice in _ADVICE.items() if said in reason), "")
+
+
+class Walk:
+    """Turns YAML nodes into plain data, noting the place of each key (or one place for all of them)."""
+
+    def __init__(self, document: Document, place: Place | None = None):
+        self.document, self.fixed, self.count = document, place, 0
         self.scalars = YAML(typ="safe", pure=True).constructor
 
-    def line(self, node: Node) -> int:
-        return node.start_mark.line + 1 if self.fixed_line is None else self.fixed_line
+    def place(self, node: Node) -> Place:
+        return self.fixed or Place(self.document.source, node.start_mark.line + 1)
 
     def complain(self, node: Node, key: Key, text: str) -> None:
-        name = dotted(key)
-        self.document.add(self.line(node), f"{name}: {text}" if name else text)
+        self.document.add(self.place(node), _about(key, text))
 
     def spoil(self, node: Node, key: Key, text: str) -> None:
         self.complain(node, key, text)
         self.document.spoilt.add(key)
 
-    def value(self, node: Node, key: Key) -> Any:
+    def too_many(self, key: Key) -> bool:
         self.count += 1
-        if self.count > MAX_NODES or len(key) > 12:
-            if not any("too many values" in text for _, text in self.document.found):
-                self.complain(node, (), f"too many values (over {MAX_NODES}, or 12 levels), check aliases")
+        if self.count <= MAX_NODES and len(key) <= MAX_DEPTH:
+            return False
+        if self.document.whole:  # once; and at the key that asks for so much, not where its alias leads
+            said = f"too many values (over {MAX_NODES}, or {MAX_DEPTH} levels), check aliases"
+            self.document.add(self.fixed or self.document.place(key[:1]), _about(key[:1], said))
+            self.document.whole = False
+        return True
+
+    def value(self, node: Node, key: Key) -> Any:
+        if self.too_many(key):
             return None
-        self.document.places.setdefault(key, self.line(node))
+        self.document.places.setdefault(key, self.place(node))
         if isinstance(node, MappingNode):
             return self.mapping(node, key)
         if isinstance(node, SequenceNode):
@@ -180,17 +261,20 @@ class _Walk:
             return None
         result: dict[str, Any] = {}
         for name_node, value_node in node.value:
+            if self.too_many(key):
+                break
             name = name_node.value if isinstance(name_node, ScalarNode) else None
             if name is None or str(name_node.tag) != _TAG + "str":
                 shown = name if name is not None else _shape(name_node)
-                self.complain(name_node, key, f"got the key {shown}, expected plain words as keys")
+                hint = "; another recipe is taken over by extends" if name == "<<" else ""
+                self.complain(name_node, key, f"got the key {shown}, expected plain words as keys{hint}")
                 continue
             inner = (*key, name)
             if name in result:
-                first = self.document.places[inner]
+                first = self.document.places[inner].line
                 self.complain(name_node, inner, f"given twice (first on line {first}), expected once")
                 continue
-            self.document.places[inner] = self.line(name_node)
+            self.document.places[inner] = self.place(name_node)
             result[name] = self.value(value_node, inner)
         return result
 
@@ -198,7 +282,7 @@ class _Walk:
         tag = str(node.tag).removeprefix(_TAG)
         if tag == "timestamp":
             return node.value
-        if tag == "str" and getattr(node, "style", None) is None and _NUMBER.fullmatch(node.value):
+        if tag == "str" and getattr(node, "style", None) is None and NUMBER.fullmatch(node.value):
             return float(node.value.replace("_", ""))  # a number that YAML 1.1 would call text, such as 1e-5
         if tag not in ("str", "int", "float", "bool", "null"):
             return self.spoil(node, key, f"got the tag {node.tag}, expected a plain value without a tag")
@@ -210,184 +294,4 @@ class _Walk:
 
 def _shape(node: Node) -> str:
     kinds: dict[type[Node], str] = {MappingNode: "a mapping", SequenceNode: "a list"}
-    return kinds.get(type(node), f"the single value {node.value!r}")
-
-
-def override(document: Document, text: str) -> None:
-    """Apply one ``key.sub=value`` of the command line; the value is read as YAML. The last one of a key wins."""
-    name, equals, raw = text.partition("=")
-    name = name.strip()
-    if not equals or not name or not all(name.split(".")):
-        document.add(0, f"{text!r}: expected key.sub=value, for example train.steps=10")
-        return
-    key = parse_key(name)
-    before = len(document.found)
-    node = _compose(document, raw, line=0)
-    if len(document.found) > before:
-        return
-    here: Any = document.data
-    for depth, part in enumerate(key):
-        last = depth == len(key) - 1
-        if isinstance(part, int):
-            if not isinstance(here, list) or part >= len(here):
-                length = len(here) if isinstance(here, list) else 0
-                document.add(0, f"{name}: got item {part}, but {dotted(key[:depth])} has {length} in the file")
-                return
-        elif not isinstance(here, dict):
-            document.add(0, f"{name}: {dotted(key[:depth])} is {show(here)}, expected a section with keys")
-            return
-        if last:
-            for old in [place for place in document.places if place[: len(key)] == key]:
-                del document.places[old]
-            document.spoilt.discard(key)
-            here[part] = None if node is None else _Walk(document, line=0).value(node, key)
-            document.places[key] = 0
-        elif isinstance(here, dict) and here.get(part) is None and isinstance(key[depth + 1], str):
-            here[part] = {}
-            document.places[key[: depth + 1]] = 0
-        if not last:
-            here = here.get(part) if isinstance(here, dict) else here[part]
-
-
-# --- from pydantic's errors to sentences -----------------------------------------------------------
-
-
-def describe(model: type[BaseModel], document: Document, error: ValidationError) -> list[Key]:
-    """Add every error of a validation to the document; returns the keys concerned."""
-    keys: list[Key] = []
-    for item in error.errors(include_url=False):
-        path: Key = tuple(item["loc"])
-        key = tuple(part for part in path if not _is_form(part))
-        keys.append(key)
-        if key in document.spoilt:
-            continue
-        if item["type"] == "extra_forbidden":
-            document.problem(key, _unknown_key(model, path))
-        elif item["type"] == "missing":
-            document.problem(key, f"missing, expected {expected(model, path)}")
-        else:
-            got = item["input"]
-            document.problem(key, f"got {show(got)}, expected {expected(model, path)}{_hint(model, path, got)}")
-    return keys
-
-
-def _is_form(part: str | int) -> bool:
-    """Whether a part of pydantic's path is no key but the tag of one form of several, written `<form>`."""
-    return isinstance(part, str) and part.startswith("<")
-
-
-def _fields(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Fields by the name they have in the file."""
-    return {info.alias or name: info for name, info in section.model_fields.items()}
-
-
-def show(value: Any) -> str:
-    """A value as it would be written in YAML, quoted where it is text, cut where it is long."""
-    if isinstance(value, dict):
-        return "a section with keys" if value else "an empty section"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = f'"{value}"' if isinstance(value, str) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _inner(annotation: Any) -> tuple[Any, bool]:
-    """The type without ``| None`` and ``Annotated``, and whether null is allowed."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        annotation = typing.get_args(annotation)[0]
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        kinds = typing.get_args(annotation)
-        rest = [kind for kind in kinds if kind is not type(None)]
-        return (rest[0] if len(rest) == 1 else annotation), type(None) in kinds
-    return annotation, False
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _resolve(model: type[BaseModel], key: Key) -> tuple[Any, FieldInfo | None]:
-    """The type standing at a key (None if there is no such key), and its field."""
-    kind: Any = model
-    info: FieldInfo | None = None
-    for part in key:
-        kind, _ = _inner(kind)
-        if isinstance(part, int):
-            kind, info = (*typing.get_args(kind), None)[0], None
-        elif _is_form(part):
-            forms = [form for form in typing.get_args(kind) if Tag(part) in getattr(form, "__metadata__", ())]
-            kind = forms[0] if forms else None
-        elif _is_section(kind):
-            info = _fields(kind).get(part)
-            kind = info.annotation if info else None
-        elif typing.get_origin(kind) is dict:
-            kind, info = typing.get_args(kind)[1], None
-        else:
-            return None, None
-    return kind, info
-
-
-def expected(model: type[BaseModel], key: Key) -> str:
-    """What may stand at a key, in words: type, range, choices."""
-    kind, info = _resolve(model, key)
-    if info is not None and info.description:
-        return info.description
-    kind, nullable = _inner(kind)
-    tail = " or null" if nullable else ""
-    if typing.get_origin(kind) is typing.Literal:
-        return ", ".join(str(choice) for choice in typing.get_args(kind)) + tail
-    if _is_section(kind):
-        return f"a section with keys ({', '.join(_fields(kind))}){tail}"
-    origin = typing.get_origin(kind) or kind
-    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-    words |= {list: "a list", dict: "a section with keys"}
-    limits = []
-    for limit in info.metadata if info else []:
-        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-            if hasattr(limit, name):
-                limits.append(f"{sign} {getattr(limit, name)}")
-        if isinstance(limit, annotated_types.MinLen):
-            limits.append("of one or more items" if origin is list else "that is not empty")
-    return " ".join(filter(None, [words.get(origin, str(origin)), " and ".join(limits)])) + tail
-
-
-def _hint(model: type[BaseModel], key: Key, got: Any) -> str:
-    kind, info = _resolve(model, key)
-    kind, _ = _inner(kind)
-    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else info.examples if info else None
-    if choices:
-        text = "none" if got is None else str(got).lower()
-        near = difflib.get_close_matches(text, [str(choice) for choice in choices], 1)
-        return f", did you mean {near[0]}?" if near else ""
-    if isinstance(got, str) and kind in (int, float) and _NUMBER.fullmatch(got):
-        return f", did you mean {got} without quotes?"
-    if isinstance(got, str) and kind is bool and got.lower() in ("yes", "on", "no", "off", "true", "false"):
-        return f", did you mean {'true' if got.lower() in ('yes', 'on', 'true') else 'false'}?"
-    return ""
-
-
-def _all_keys(model: type[BaseModel], before: Key = ()) -> list[Key]:
-    keys: list[Key] = []
-    for name, info in _fields(model).items():
-        kind, _ = _inner(info.annotation)
-        keys.append((*before, name))
-        if _is_section(kind):
-            keys += _all_keys(kind, (*before, name))
-    return keys
-
-
-def _unknown_key(model: type[BaseModel], key: Key) -> str:
-    name = str(key[-1])
-    section, _ = _inner(_resolve(model, key[:-1])[0])
-    names = list(_fields(section))
-    near = [
-        dotted((*(part for part in key[:-1] if not _is_form(part)), other))
-        for other in difflib.get_close_matches(name.lower(), names, 1)
-    ]
-    if not near:  # right key, wrong section
-        leaves = {str(other[-1]): dotted(other) for other in _all_keys(model)}
-        near = [leaves[other] for other in difflib.get_close_matches(name.lower(), list(leaves), 1, 0.75)]
-    hint = f", did you mean {near[0]}?" if near else ""
-    return f"got an unknown key, expected one of {', '.join(names)}{hint}"
+    return kinds.get(type(node), f"the single value {node.value!r}"[:80])

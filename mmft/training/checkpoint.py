@@ -260,6 +260,7 @@ def _evaluation_state(evaluation: Evaluation | None) -> dict[str, Any] | None:
         return None
     metrics = evaluation.metrics
     state = {"texts": evaluation.texts, "metrics": {name: _numbers(values) for name, values in metrics.items()}}
+    state["parts"] = {name: _numbers(values) for name, values in evaluation.parts.items()}
     if isinstance(metrics, CaptionScores):
         captions = {"signatures": metrics.signatures, "word_pairs": metrics.word_pairs}
         state["captions"] = captions | {"bleu_counts": metrics.bleu_counts.tolist()}
@@ -274,7 +275,8 @@ def _evaluation(state: dict[str, Any] | None) -> Evaluation | None:
         metrics = CaptionScores(metrics)
         metrics.signatures, metrics.bleu_counts = captions["signatures"], np.array(captions["bleu_counts"])
         metrics.word_pairs = [[tuple(pair) for pair in pairs] for pairs in captions["word_pairs"]]
-    return Evaluation(state["texts"], metrics)
+    parts = {name: np.array(values, dtype=np.float64) for name, values in state.get("parts", {}).items()}
+    return Evaluation(state["texts"], metrics, parts)
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

@@ -1,10 +1,14 @@
-"""Options of the trainers, under the names of TRL's `PPOConfig` and `GRPOConfig` where those have one."""
+"""Options of the trainers, under the names of TRL's `PPOConfig` and `GRPOConfig` where those have one.
+
+TRL's other names are understood as well, see `mmft.training.from_trl`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mmft.training.from_trl import takes_trl_names
 from mmft.training.guards import DEFAULT_GUARDS, LIMITS, Guard
 
 _CHOICES = {
@@ -17,6 +21,7 @@ _CHOICES = {
 }
 
 
+@takes_trl_names
 @dataclass
 class PPOConfig:
     """Proximal policy optimisation with a critic (or, with ``critic="none"``, a leave-one-out baseline).
@@ -25,13 +30,14 @@ class PPOConfig:
         output_dir: the run folder.
         seed: of data order and sampling; two runs with one seed write the same responses.
         max_steps: RL steps; each samples, scores and learns from one batch.
+        num_train_epochs: passes over the training rows, in place of ``max_steps``; None = that counts.
         prompts_per_step: prompts of a step, over all processes (B).
         num_generations: responses to each prompt (G).
         max_completion_length: longest response, in tokens (T).
         temperature: of sampling; log-probs are those of the tempered distribution.
         learning_rate, value_learning_rate: of the adapters and of the value head (None = the same).
         lr_scheduler_type: "constant", "linear" or "cosine" decay over ``max_steps``.
-        warmup_steps: RL steps over which the learning rate rises from zero.
+        warmup_steps: RL steps over which the learning rate rises from zero; below 1 a share of all.
         num_ppo_epochs: passes over a step's experience.
         num_mini_batches: optimizer steps per pass; minibatches are made of whole groups.
         micro_prompts: prompts per forward pass of the update (None = the whole minibatch); changes memory only.
@@ -39,7 +45,7 @@ class PPOConfig:
         kl_estimator: "k1", "k2" or "k3" (Schulman 2020), per token, inside the reward.
         kl_target, kl_horizon: an adaptive ``kl_coef`` (Ziegler et al. 2019) when a target (nats per response) is set.
         gamma, lam: of generalised advantage estimation.
-        cliprange, cliprange_value: PPO's clip of the ratio, and of the value (None = unclipped).
+        cliprange, cliprange_value: PPO's clip of the ratio, or (lower, upper), and of the value (None = unclipped).
         vf_coef, entropy_coef: weights of the critic's loss and of the entropy bonus.
         whiten_rewards: divide token rewards by their standard deviation; the mean stays, as in TRL, which adds the
             same to every token and so pays for length (or against it) where the mean is not 0.
@@ -50,7 +56,7 @@ class PPOConfig:
             it at zero.
         reward_weights: one per reward function; None = 1 each.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes) or "sgd".
-        save_steps, eval_steps: every so many steps; 0 = only at the end.
+        save_steps, eval_steps: every so many steps; 0 = only at the end; below 1 a share of all.
         keep_last: checkpoints kept, beside the one of the best evaluation.
         patience: evaluations without a new best before the run ends with the best state (None = never).
         skip_spikes: a loss more than so many times its running median is not learned from (None = it is).
@@ -64,12 +70,14 @@ class PPOConfig:
         cache_bytes: memory for picture features kept across steps.
         cache_folder, cache_disk_bytes: where and how much of them is kept on disk; None = nowhere.
         guards: name -> `mmft.training.guards.Guard`; one left out is off.
-        report_to: trackers beside ``metrics.jsonl``.
+        report_to: trackers beside ``metrics.jsonl``: "tensorboard", "wandb", "trackio", "mlflow", and "ledger" (a hash
+            of every response); see docs/metrics.md.
     """
 
     output_dir: str = "runs/ppo"
     seed: int = 0
     max_steps: int = 60
+    num_train_epochs: float | None = None
     prompts_per_step: int = 32
     num_generations: int = 8
     max_completion_length: int = 24
@@ -77,7 +85,7 @@ class PPOConfig:
     learning_rate: float = 5e-4
     value_learning_rate: float | None = None
     lr_scheduler_type: str = "linear"
-    warmup_steps: int = 0
+    warmup_steps: float = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     num_ppo_epochs: int = 2
@@ -89,7 +97,7 @@ class PPOConfig:
     kl_horizon: int = 10000
     gamma: float = 1.0
     lam: float = 0.95
-    cliprange: float = 0.2
+    cliprange: float | tuple[float, float] = 0.2
     cliprange_value: float | None = 0.2
     vf_coef: float = 0.1
     entropy_coef: float = 0.0
@@ -100,11 +108,11 @@ class PPOConfig:
     critic_start: str = "fit"
     reward_weights: list[float] | None = None
     optimizer: str = "adamw"
-    save_steps: int = 0
+    save_steps: float = 0
     keep_last: int = 2
     skip_spikes: float | None = None
     timeout: float | None = 1800.0
-    eval_steps: int = 0
+    eval_steps: float = 0
     patience: int | None = None
     eval_rows: int = 512
     eval_batch: int = 64
@@ -134,6 +142,7 @@ class PPOConfig:
             raise ValueError(f"temperature={self.temperature}: sampling needs a temperature above 0")
 
 
+@takes_trl_names
 @dataclass
 class A2CConfig(PPOConfig):
     """Advantage actor-critic: one pass, no ratio and no clip; the rest as `PPOConfig`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mmft.training.rollout import decode
-from mmft.vlm.generate import generate
+from mmft.vlm.generate import decode, generate
 from mmft.vlm.policy import Policy
 
 # texts, rows and "ended by itself" of a held-out set -> metric -> one number per row
@@ -22,10 +21,14 @@ Metrics = Callable[[list[str], Sequence[dict[str, Any]], list[bool]], dict[str, 
 
 @dataclass
 class Evaluation:
-    """Responses to held-out rows, in the rows' order, and metric -> (rows,) numbers."""
+    """Responses to held-out rows, in the rows' order, and metric -> (rows,) numbers.
+
+    parts: "reward" and "reward/PART" -> (rows,), for the report; NaN = not scored. Empty where they are the metrics.
+    """
 
     texts: list[str]
     metrics: dict[str, np.ndarray]
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
         return {name: float(np.nanmean(values)) for name, values in self.metrics.items() if not np.isnan(values).all()}
@@ -40,17 +43,19 @@ def evaluate(
     max_new_tokens: int,
     batch: int = 64,
     accelerator: Accelerator | None = None,
+    parts: Metrics | None = None,
 ) -> Evaluation:
     """Greedy responses to the first ``rows`` rows, shared by the processes.
 
     Args:
         dataset: rows as the trainers take them.
         batch: prompts decoded together.
+        parts: the reward and its parts of a batch, whose rows come opened.
     """
     size = min(len(dataset), rows)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine = range(size)[rank::world]
-    found: list[tuple[int, str, bool, list[int]]] = []
+    found: list[tuple[int, str, bool, list[int], dict[str, float]]] = []
     for start in range(0, len(mine), batch):
         chunk = list(mine[start : start + batch])
         opened = [dataset[i] for i in chunk]
@@ -59,13 +64,19 @@ def evaluate(
         with _autocast(accelerator):
             responses, _ = generate(policy, prompts, 1, max_new_tokens, temperature=0.0)
         tokens = [ids[mask].tolist() for ids, mask in zip(responses.ids.cpu(), responses.mask.cpu(), strict=True)]
-        found += zip(chunk, decode(policy, responses), responses.ended.tolist(), tokens, strict=True)
+        texts, ended = decode(policy, responses), responses.ended.tolist()
+        opened = [row | {"completion_ids": ids} for row, ids in zip(opened, tokens, strict=True)]
+        scores = parts(texts, opened, ended) if parts else {}
+        by_row = [{name: float(values[k]) for name, values in scores.items()} for k in range(len(chunk))]
+        found += zip(chunk, texts, ended, tokens, by_row, strict=True)
     if world > 1:
         found = gather_object(found)
-    found.sort()
-    texts, ended = [text for _, text, _, _ in found], [done for _, _, done, _ in found]
-    opened = [text_row(dataset, i) | {"completion_ids": ids} for i, _, _, ids in found]
-    return Evaluation(texts, metrics(texts, opened, ended))
+    found.sort(key=lambda response: response[0])
+    texts, ended = [text for _, text, _, _, _ in found], [done for _, _, done, _, _ in found]
+    opened = [text_row(dataset, i) | {"completion_ids": ids} for i, _, _, ids, _ in found]
+    names = dict.fromkeys(name for *_, scores in found for name in scores)
+    scored = {name: np.array([scores.get(name, np.nan) for *_, scores in found]) for name in names}
+    return Evaluation(texts, metrics(texts, opened, ended), scored)
 
 
 def text_row(dataset, index: int) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A policy that has found a fault of its reward shows it in the text long before a
 break off, grow, shrink or repeat themselves, one part of the reward that crowds out the others, a reward that rises
 while held-out metrics fall, or that is earned as well without the picture. A guard only compares numbers that the
 step has computed anyway (means over all processes, so every process comes to the same answer). Beside them it tells
-the spikes of the gradient, which the update has found (see `mmft.training.spikes`).
+the spikes of the gradient, which the update has found (see `mmft.training.spikes`), and the failures of the algorithm
+itself (see `mmft.training.diagnoses`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmft.training.spikes import Spikes
+
+if TYPE_CHECKING:
+    from mmft.training.diagnoses import Diagnoses
 
 ACTIONS = ("log", "stop", "rollback")
 _SMOOTHED = 3  # steps that are averaged: a small batch is noisy
@@ -52,6 +56,19 @@ LIMITS = {
     "held_out": 0.03,  # relative loss of the held-out metric since its best, while the reward is higher than then
     "blank_picture": 0.4,  # share of prompts whose blank picture earns what the true one does
 }
+# What each alarm means, and what to try.
+_MEANING = {
+    "bad_endings": "part of a sentence pays as well as the whole. Keep the option eos of cider_d and bleu, add the "
+    "reward missing_eos or format, or end the run earlier",
+    "length_drift": "the reward pays for length, not for what is said. Try the reward length, or less weight on the "
+    "part that grew with it",
+    "repetition": "saying things twice pays. Try the reward repetition, or a higher algorithm.kl_coef",
+    "share": "the other parts hardly count. Try other weights, or normalize on the parts",
+    "held_out": "what is learned pays on training pictures alone. Try eval.patience, more training rows, or a higher "
+    "algorithm.kl_coef",
+    "blank_picture": "the reward can be had without looking. Try `mmft doctor rewards`, and rewards that know what is "
+    "in the picture",
+}
 DEFAULT_GUARDS = {name: Guard(limit, every=0 if name == "blank_picture" else 1) for name, limit in LIMITS.items()}
 
 
@@ -78,12 +95,15 @@ class Guards:
     Args:
         guards: name -> limit and action.
         skip_spikes: so many times the usual gradient is not learned from; None = it is, and told all the same.
+        diagnoses: what tells the failures of the algorithm; None = nobody.
     """
 
-    def __init__(self, guards: Mapping[str, Guard], skip_spikes: float | None = None):
+    def __init__(
+        self, guards: Mapping[str, Guard], skip_spikes: float | None = None, diagnoses: Diagnoses | None = None
+    ):
         if odd := sorted(set(guards) - set(LIMITS)):
             raise ValueError(f"unknown guard {odd[0]!r}: expected one of {', '.join(LIMITS)}")
-        self.guards, self.spikes = dict(guards), Spikes(skip_spikes)
+        self.guards, self.spikes, self.diagnoses = dict(guards), Spikes(skip_spikes), diagnoses
         self.best_step: int | None = None
         self._best: tuple[float, float | None] | None = None  # held-out metric at its best, training reward then
         self._worse = 0
@@ -109,7 +129,7 @@ class Guards:
         found = [
             self._compare("bad_endings", step, self._mean("bad_ending"), "{:.0%} of responses end in mid-sentence"),
             self._compare("repetition", step, self._mean("repetition"), "responses repeat {:.0%} of their word pairs"),
-            self._compare("length_drift", step, self._drift(), "responses changed their length by {:.0%}"),
+            self._compare("length_drift", step, *self._drift()),
             self._compare("share", step, *self._largest_share()),
             self._compare(
                 "blank_picture",
@@ -119,7 +139,9 @@ class Guards:
             ),
             self._spike(step, metrics),
         ]
-        return [alarm for alarm in found if alarm]
+        ill = self.diagnoses.look(step, metrics) if self.diagnoses else []
+        self.alarms += ill
+        return [alarm for alarm in found if alarm] + ill
 
     def held_out(self, step: int, value: float | None, name: str = "the held-out metric") -> list[Alarm]:
         """The alarms of one evaluation: ``value`` of the main held-out metric (more is better)."""
@@ -151,6 +173,7 @@ class Guards:
             "recent": list(self._recent),
             "speaking": sorted(self._speaking),
             "spikes": self.spikes.state_dict(),
+            "diagnoses": self.diagnoses.state_dict() if self.diagnoses else None,
             "alarms": [alarm.as_dict() for alarm in self.alarms],
         }
 
@@ -160,6 +183,8 @@ class Guards:
         self._first, self._speaking = list(state["first"]), set(state["speaking"])
         self._recent = deque(state["recent"], maxlen=_SMOOTHED)
         self.spikes.load_state_dict(state["spikes"])
+        if self.diagnoses and state.get("diagnoses"):  # a checkpoint of an earlier version has none
+            self.diagnoses.load_state_dict(state["diagnoses"])
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
 
     def forget_best(self) -> None:
@@ -172,12 +197,12 @@ class Guards:
         values = [metrics[name] for metrics in self._recent if name in metrics]
         return sum(values) / len(values) if values else None
 
-    def _drift(self) -> float | None:
-        words = self._mean("words")
-        if words is None or len(self._first) < _SMOOTHED:
-            return None
-        first = sum(self._first) / len(self._first)
-        return abs(words / first - 1) if first else None
+    def _drift(self) -> tuple[float | None, str]:
+        words, first = self._mean("words"), sum(self._first) / max(len(self._first), 1)
+        if words is None or not first or len(self._first) < _SMOOTHED:
+            return None, ""
+        how = "grew" if words > first else "shrank"
+        return abs(words / first - 1), f"responses {how} by {{:.0%}}, from {first:.1f} to {words:.1f} words"
 
     def _largest_share(self) -> tuple[float | None, str]:
         """The part with the largest share of the total's spread, where at least two parts count."""
@@ -208,7 +233,7 @@ class Guards:
         if name in self._speaking:
             return None
         self._speaking.add(name)
-        told = f"{text.format(value)} (limit {guard.limit:.0%})"
+        told = f"{text.format(value)} (limit {guard.limit:.0%}): {_MEANING[name]}; see docs/guards.md"
         self.alarms.append(Alarm(name, step, value, guard.limit, guard.action, told))
         return self.alarms[-1]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -19,7 +19,7 @@ from mmft.evaluation.health import text_health
 def measure(
     rollout: Rollout, kl: Tensor, counted: list[str], critic: bool, accelerator: Accelerator, reduce
 ) -> dict[str, float]:
-    """Means over the responses of all processes; every process has to ask.
+    """Means over the responses (or prompts) of all processes; every process has to ask.
 
     Args:
         kl: of each token (N, T), in nats.
@@ -38,12 +38,11 @@ def measure(
     }
     per_response |= {f"reward/{name}": part for name, part in rollout.parts.items()}
     health = text_health(rollout.texts)
-    per_response |= {name: torch.as_tensor(v, dtype=torch.float32) for name, v in health.items()}
+    per_response |= {name: torch.as_tensor(v, dtype=torch.float32) for name, v in (health | _groups(rollout)).items()}
     gathered = {name: accelerator.gather(v.to(device).contiguous()) for name, v in per_response.items()}
     metrics = {k: float(v[~v.isnan()].mean()) if (~v.isnan()).any() else float("nan") for k, v in gathered.items()}
     kept = gathered["reward"][~gathered["reward"].isnan()]
     equal = not len(kept) or bool(kept.min() == kept.max())  # the deviation of ten times 0.7 is not 0 in float32
-    metrics["kept"] = float(len(kept))
     metrics["reward_std"] = 0.0 if equal else float(kept.std(unbiased=False))
     metrics |= _shares(rollout, counted, accelerator)
     metrics["tokens"] = float(gathered["response_length"].sum())
@@ -54,10 +53,36 @@ def measure(
     return metrics
 
 
-def warn_of_equal_rewards(kept: int) -> None:
-    """Says that a step had nothing to compare, of so many rewards that were not dropped."""
-    what = f"all {kept} rewards of a step are equal" if kept else "all responses were dropped"
-    warnings.warn(f"{what}: it taught nothing (said once)", stacklevel=3)
+def _groups(rollout: Rollout) -> dict[str, list[float]]:
+    """Per prompt: whether its responses all earned the same (those that count), and the share of different texts."""
+    group = len(rollout.texts) // len(rollout.prompts)
+    if group < 2:
+        return {}
+    equal, unique = [], []
+    plain = rollout.plain.cpu()
+    keep = torch.ones_like(plain, dtype=torch.bool) if rollout.keep is None else rollout.keep.cpu()
+    for first in range(0, len(rollout.texts), group):
+        own = slice(first, first + group)
+        earned = plain[own][keep[own]]
+        equal.append(float(len(earned) < 2 or bool(earned.min() == earned.max())))
+        unique.append(len(set(rollout.texts[own])) / group)
+    return {"equal_groups": equal, "unique_responses": unique}
+
+
+def distributions(rollout: Rollout, ratios: list[Tensor]) -> dict[str, np.ndarray]:
+    """What a step's histograms are made of: numbers of this process's tokens (T) and responses (N), flat.
+
+    Args:
+        ratios: new over old probability of each token in the last pass, per microbatch.
+    """
+    mask = rollout.update_mask
+    found = {"advantage": rollout.advantages[mask], "return": rollout.returns[mask], "reward": rollout.plain}
+    found["response_length"] = rollout.responses.mask.sum(-1)
+    if rollout.old.values is not None:
+        found["value"] = rollout.old.values[mask]
+    if ratios:
+        found["ratio"] = torch.cat(ratios)
+    return {name: values.detach().float().cpu().numpy() for name, values in found.items() if values.numel()}
 
 
 def ledger(rollout: Rollout, group: int, accelerator: Accelerator) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: ``metrics.jsonl``, TensorBoard, a progress bar, the before/after table.
+"""What a run tells while it runs: ``metrics.jsonl``, trackers, a progress bar, alarms, the before/after table.
 
 Everything happens on the main process; on the others a monitor does nothing at all.
 """
@@ -9,10 +9,11 @@ import atexit
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -21,17 +22,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mmft.evaluation.captioning import metric_info
+from mmft.evaluation.findings import main_metric
 from mmft.training.guards import Alarm
+from mmft.training.trackers import LEDGER, check_trackers, open_trackers, samples_of
 
-LEDGER = "ledger"
-TRACKERS = ("tensorboard", LEDGER)
-# What the progress bar shows: key of the metrics -> label and number format.
+if TYPE_CHECKING:
+    from mmft.training.evaluate import Evaluation
+
+_HISTOGRAMS, _PICTURES = 50, 8  # of a run; of an evaluation
+# What the progress bar shows: key of the metrics -> label and number format. Widths keep plain lines in columns.
 SHOWN = {
-    "reward": ("reward", ".3f"),
-    "kl": ("KL", ".3f"),
-    "entropy": ("entropy", ".2f"),
-    "explained_variance": ("expl. var.", ".2f"),
-    "tokens_per_second": ("tokens/s", ".0f"),
+    "reward": ("reward", "7.3f"),
+    "kl": ("KL", "7.3f"),
+    "entropy": ("entropy", "5.2f"),
+    "explained_variance": ("expl. var.", "5.2f"),
+    "response_length": ("length", "5.1f"),
+    "tokens_per_second": ("tokens/s", "6.0f"),
 }
 
 
@@ -42,14 +48,15 @@ class Monitor:
         run_dir: the run folder; made where missing.
         total_steps: steps of the whole run, those before a resume included.
         is_main: False = do nothing.
-        trackers: names from ``TRACKERS`` beside ``metrics.jsonl``: "tensorboard", and "ledger" for ``ledger.jsonl``,
-            a line per response with its step, row and a hash of its tokens.
+        trackers: beside ``metrics.jsonl``: names from `mmft.training.trackers.TRACKERS`, and "ledger" for
+            ``ledger.jsonl``, a line per response with its step, row and a hash of its tokens.
         progress: show a bar on a terminal, and a plain line every 5 % of the steps elsewhere.
         resume_step: continue after this step: lines past it leave ``metrics.jsonl``. None = a new run, which starts
             the file anew.
+        options: what the run was asked to do, for trackers.
 
     Raises:
-        ValueError: an unknown tracker.
+        ValueError: a tracker that is unknown or not installed, or does not start.
     """
 
     def __init__(
@@ -60,12 +67,10 @@ class Monitor:
         trackers: Sequence[str] = ("tensorboard",),
         progress: bool = True,
         resume_step: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ):
-        for name in trackers:
-            if name not in TRACKERS:
-                raise ValueError(f"unknown tracker {name!r}: expected one of {', '.join(TRACKERS)}")
         self.is_main, self.total_steps = is_main, total_steps
-        self._file, self._ledger, self._writer, self._bar = None, None, None, None
+        self._file, self._ledger, self._bar, self._trackers = None, None, None, []
         if not is_main:
             return
         self.run_dir = run_dir = Path(run_dir)
@@ -82,11 +87,9 @@ class Monitor:
         if LEDGER in trackers:
             _keep_lines_until(run_dir / "ledger.jsonl", done)
             self._ledger = (run_dir / "ledger.jsonl").open("a", encoding="utf-8")
-        if "tensorboard" in trackers:
-            from torch.utils.tensorboard import SummaryWriter  # costs a second; not every run wants it
-
-            # purge_step hides what an earlier run, or the run before the resume, wrote from that step on.
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+        check_trackers(trackers)
+        if services := [name for name in trackers if name != LEDGER]:
+            self._trackers = open_trackers(services, run_dir, options or {}, done)
         self._began, self._done_at_start = time.monotonic(), done
         if progress and self.console.is_terminal:
             self._bar = Progress(
@@ -104,11 +107,23 @@ class Monitor:
         # A run that dies would leave the terminal without a cursor.
         atexit.register(self.close)
 
-    def log(self, step: int, metrics: Mapping[str, float], written: Sequence[tuple[str, str]] = ()) -> None:
+    def wants_distributions(self, step: int) -> bool:
+        """Whether a tracker would show histograms of this step: about fifty of a run, and the last."""
+        due = step % max(1, self.total_steps // _HISTOGRAMS) == 0
+        return bool(self._trackers) and (due or step == self.total_steps)
+
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        written: Sequence[tuple[str, str]] = (),
+        distributions: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Writes one step down everywhere. Not-a-number and infinity become null in the file.
 
         Args:
             written: row id and hash of each response, for the ledger.
+            distributions: name -> numbers of which trackers show a histogram.
         """
         if not self.is_main:
             return
@@ -119,10 +134,9 @@ class Monitor:
         if self._ledger is not None:
             self._ledger.writelines(json.dumps({"step": step, "row": row, "sha": sha}) + "\n" for row, sha in written)
             self._ledger.flush()
-        if self._writer is not None:
-            for name, value in numbers.items():
-                if value is not None and name != "step":
-                    self._writer.add_scalar(name, value, step)
+        self._track("log", _finite(numbers), step)
+        if distributions:
+            self._track("log_distributions", distributions, step)
         self._show(step, numbers)
 
     def sync(self) -> None:
@@ -138,20 +152,32 @@ class Monitor:
         with (self.run_dir / "alarms.jsonl").open("a", encoding="utf-8") as file:
             for alarm in alarms:
                 file.write(json.dumps(alarm.as_dict()) + "\n")
-                self.say(f"step {alarm.step}, guard {alarm.guard}: {alarm.text}")
+                self.say(f"step {alarm.step}, {alarm.guard}: {alarm.text}")
 
     def say(self, text: str) -> None:
         """One line that should not be missed."""
         if self.is_main:
-            self.console.print(text, style="yellow", markup=False, emoji=False, highlight=False)
+            self.console.print(text, style="yellow", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
-    def log_images(self, step: int, pictures: Sequence[Any], captions: Sequence[str], most: int = 8) -> None:
-        """Shows pictures (PIL images) and what is said of them in TensorBoard; the first `most` of them."""
-        if self._writer is None:
+    def evaluated(self, step: int, dataset: Any, before: Evaluation | None, now: Evaluation | None) -> None:
+        """Shows an evaluation: its main metric on the screen; pictures, captions and all metrics in the trackers.
+
+        Args:
+            dataset: the held-out rows.
+            before: of the policy before training.
+        """
+        if not self.is_main or now is None:
             return
-        for i, (picture, caption) in enumerate(zip(pictures[:most], captions[:most], strict=True)):
-            self._writer.add_image(f"held_out/{i}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-            self._writer.add_text(f"held_out/{i}", caption, step)
+        means, old = now.means(), before.means() if before is not None else {}
+        if self._trackers:
+            self._track("log", _finite({f"eval/{name}": value for name, value in means.items()}), step)
+            if samples := samples_of(dataset, (before or now).texts, now.texts, _PICTURES):
+                self._track("log_samples", samples, step)
+        name = main_metric(list(means))
+        if name is not None and 0 < step < self.total_steps:
+            info = metric_info(name)
+            was = f" ({info.text(old[name])} before training)" if name in old else ""
+            self._line(f"{self._place(step)}  held-out {info.label} {info.text(means[name])}{was}")
 
     def table(
         self,
@@ -183,14 +209,50 @@ class Monitor:
                 f"{name}: {text}", style="dim", markup=False, emoji=False, highlight=False, soft_wrap=True
             )
 
+    def farewell(self, alarms: int) -> None:
+        """What to look at next."""
+        if not self.is_main:
+            return
+        run = shlex.quote(str(self.run_dir))
+        rows = [
+            ("read", str(self.run_dir / "report.html")),
+            ("try", f"mmft caption PICTURE --model {run}"),
+            ("measure", f"mmft evaluate {run}"),
+            ("compare", f"mmft compare {run} OTHER_RUN"),
+            ("share", f"mmft push {run} USER/NAME"),
+        ]
+        if alarms:
+            what = "1 warning" if alarms == 1 else f"{alarms} warnings"
+            rows.insert(0, ("mind", f"{what}, in {self.run_dir / 'alarms.jsonl'} and in the report"))
+        self._line("\nWhat next")
+        for name, text in rows:
+            self._line(f"  {name:<8} {text}")
+
     def close(self) -> None:
-        """Ends the progress bar and closes the files. May be called twice."""
+        """Ends the progress bar and closes files and trackers. May be called twice."""
         self._stop_bar()
-        for open_one in (self._file, self._ledger, self._writer):
-            if open_one is not None:
-                open_one.close()
-        self._file, self._ledger, self._writer = None, None, None
+        for file in (self._file, self._ledger):
+            if file is not None:
+                file.close()
+        self._file, self._ledger = None, None
+        self._track("finish")
+        self._trackers = []
         atexit.unregister(self.close)
+
+    def _track(self, what: str, *arguments: Any) -> None:
+        """Asks every tracker for something. One that fails is left out from then on: the run matters more."""
+        for tracker in list(self._trackers):
+            try:
+                getattr(tracker, what)(*arguments)
+            except Exception as problem:  # each service has errors of its own
+                self._trackers.remove(tracker)
+                self.say(f"{tracker.name} is left out from here on: {problem}; metrics.jsonl has all numbers")
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def _place(self, step: int) -> str:
+        return f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
 
     def _show(self, step: int, numbers: Mapping[str, float | None]) -> None:
         parts = [
@@ -201,7 +263,7 @@ class Monitor:
         elif self.progress and (step % max(1, self.total_steps // 20) == 0 or step == self.total_steps):
             steps = max(1, step - self._done_at_start)
             left = (time.monotonic() - self._began) / steps * (self.total_steps - step)
-            print(f"step {step}/{self.total_steps}  {'  '.join(parts)}  {_duration(left)} left", flush=True)
+            self._line(f"{self._place(step)}  {'  '.join(parts)}  {_duration(left)} left")
 
     def _stop_bar(self) -> None:
         if self._bar is not None:
@@ -222,6 +284,11 @@ def _keep_lines_until(path: Path, step: int) -> None:
     beside = path.with_name(f".{path.name}.part")
     beside.write_text("".join(kept), encoding="utf-8")
     os.replace(beside, path)
+
+
+def _finite(numbers: Mapping[str, float | None]) -> dict[str, float]:
+    """What a tracker gets: no step among the values, and nothing that is no number."""
+    return {k: v for k, v in numbers.items() if v is not None and math.isfinite(v) and k != "step"}
 
 
 def _number(value: Any) -> float | None:

@@ -207,8 +207,7 @@ def demonstrations(recipe: PreferenceRecipe, split: str) -> list[Pair]:
     the policy (Finn et al. 2016, arXiv 1611.03852, show how this relates to maximum-entropy IRL). A sample that is
     one of the row's references says nothing and is left out.
     """
-    from mmft.training.rollout import decode
-    from mmft.vlm.generate import generate
+    from mmft.vlm.generate import decode, generate
     from mmft.vlm.load import build_policy, load_model
 
     pairs, writer = recipe.pairs, recipe.pairs.policy

@@ -14,6 +14,7 @@ from mmft.batch import PromptBatch, Responses, Rollout
 from mmft.training.config import PPOConfig
 from mmft.training.engines import generate_with
 from mmft.training.vllm_engine import VLLM
+from mmft.vlm.generate import decode
 from mmft.vlm.media import blank
 from mmft.vlm.policy import Policy
 
@@ -25,12 +26,6 @@ def sample(
     sizes = config.num_generations, config.max_completion_length
     responses, old = generate_with(engine, policy, prompts, *sizes, config.temperature, seed)
     return Rollout(prompts, responses, decode(policy, responses), old)
-
-
-def decode(policy: Policy, responses: Responses) -> list[str]:
-    """The responses as text, without special tokens and outer spaces."""
-    rows = [ids[mask].tolist() for ids, mask in zip(responses.ids.cpu(), responses.mask.cpu(), strict=True)]
-    return [text.strip() for text in policy.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def pieces_of(policy: Policy, responses: Responses) -> list[list[str]]:

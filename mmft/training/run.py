@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,7 @@ from mmft.training.config import from_recipe
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
 from mmft.training.monitor import Monitor
 from mmft.training.scoring import RewardError
-from mmft.training.summary import write_summary
+from mmft.training.summary import LiveReport, write_summary
 from mmft.training.trainer import A2CTrainer, PPOTrainer
 from mmft.training.warm_start import warm_start
 from mmft.training.watchdog import FAILED, record_cause
@@ -50,11 +51,10 @@ def run(recipe, resume: str | None = None, allow_change: Sequence[str] = ()) -> 
         with plain_errors():
             trainer = assemble(recipe, resume)
             trainer.begin(_checkpoint_of(recipe, resume), allow_change)
-        if trainer.accelerator.is_main_process:
-            (trainer.run_dir / "summary.json").unlink(missing_ok=True)  # an earlier run's; this one is not finished
+            if resume:  # and taken: from here on the folder is of this recipe
+                prepare_folder(recipe, DocumentFrequencies.from_references(trainer.train_dataset.references()))
         summary = trainer.train()
         if trainer.accelerator.is_main_process:
-            trainer.policy.processor.save_pretrained(trainer.run_dir / "processor")
             publish(recipe)
         distributed.close()
         return summary
@@ -133,24 +133,12 @@ def assemble(recipe, resume: str | None = None) -> PPOTrainer:
     train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
     frequencies = DocumentFrequencies.from_references(train.references())
     rewards = rewards_of(recipe, frequencies)
-    output = prepare_folder(recipe, frequencies)
+    output = prepare_folder(recipe, None if resume else frequencies)
     if os.environ.get("RANK", "0") == "0":
         write_skipped(output, train=train, eval=held_out)
+        print(_said_of(recipe, len(train), min(len(held_out), recipe.eval.rows)), flush=True)
 
-    def trainer(name: str) -> PPOTrainer:
-        options, trust = recipe.model, recipe.model.trust_remote_code
-        model, processor = load_model(name, options.quantize, options.dtype, trust_remote_code=trust)
-        return {"ppo": PPOTrainer, "a2c": A2CTrainer}[recipe.algorithm.name](
-            model=model,
-            reward_funcs=rewards,
-            args=from_recipe(recipe),
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=processor,
-            peft_config=tune(model, options),
-            compute_metrics=caption_metrics(frequencies, held_out),
-        )
-
+    trainer = partial(trainer_of, recipe, train=train, held_out=held_out, frequencies=frequencies, rewards=rewards)
     if recipe.warm_start is None:
         return trainer(recipe.model.name)
     trainer(recipe.model.name)  # thrown away: what cannot work is said now, not after hours of warm start
@@ -158,6 +146,31 @@ def assemble(recipe, resume: str | None = None) -> PPOTrainer:
     warm_start(recipe, train, started, resume=bool(resume))
     set_seed(recipe.seed)
     return trainer(str(started))
+
+
+def trainer_of(recipe, name: str, *, train, held_out, frequencies: DocumentFrequencies, rewards: WeightedRewards):
+    """The trainer of a recipe for the model called ``name``, which may be the recipe's after a warm start."""
+    options, trust = recipe.model, recipe.model.trust_remote_code
+    model, processor = load_model(name, options.quantize, options.dtype, trust_remote_code=trust)
+    made = {"ppo": PPOTrainer, "a2c": A2CTrainer}[recipe.algorithm.name](
+        model=model,
+        reward_funcs=rewards,
+        args=from_recipe(recipe),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=processor,
+        peft_config=tune(model, options),
+        compute_metrics=caption_metrics(frequencies, held_out),
+    )
+    made.has_recipe = True
+    return made
+
+
+def _said_of(recipe, train: int, held_out: int) -> str:
+    """What is learned from and what is held out, in one line."""
+    data = recipe.data
+    said = f"data {data.name}: {train} rows to learn from ({data.train}), {held_out} held out ({data.eval})"
+    return said + ("; so few say little, the intervals will be wide" if held_out < 30 else "")
 
 
 def rewards_of(recipe, frequencies: DocumentFrequencies) -> WeightedRewards:
@@ -173,14 +186,18 @@ def rewards_of(recipe, frequencies: DocumentFrequencies) -> WeightedRewards:
     return build_rewards(specs, frequencies)
 
 
-def prepare_folder(recipe, frequencies: DocumentFrequencies) -> Path:
-    """The run folder with the resolved recipe and the document frequencies, written by the main process."""
+def prepare_folder(recipe, frequencies: DocumentFrequencies | None) -> Path:
+    """The run folder with the resolved recipe and the document frequencies, written by the main process.
+
+    Without frequencies the folder alone: a resume that may still be refused must not change what is in it.
+    """
     output = Path(recipe.output.dir)
     if os.environ.get("RANK", "0") == "0":
         try:
             output.mkdir(parents=True, exist_ok=True)
-            recipe.dump(output / "recipe.yaml")
-            frequencies.save(output / "document_frequencies.npz")
+            if frequencies is not None:
+                recipe.dump(output / "recipe.yaml")
+                frequencies.save(output / "document_frequencies.npz")
         except OSError as error:
             raise ValueError(f"output.dir: {output} cannot be written to ({error.strerror}); take another") from error
     return output
@@ -208,7 +225,7 @@ def run_supervised(recipe, resume: bool = False) -> dict[str, Any]:
         set_seed(recipe.seed)
         train, held_out = rows_of(recipe, recipe.data.train, recipe.data.train_rows), rows_of(recipe, recipe.data.eval)
         frequencies = DocumentFrequencies.from_references(train.references())
-        output = prepare_folder(recipe, frequencies)
+        output = prepare_folder(recipe, None if resume else frequencies)
         metrics = caption_metrics(frequencies, held_out)
 
         def scored(name: str) -> Evaluation:
@@ -218,8 +235,11 @@ def run_supervised(recipe, resume: bool = False) -> dict[str, Any]:
 
         before = scored(recipe.model.name)
         trained = warm_start(recipe, train, output / "warm_start", resume)
+        if resume:
+            prepare_folder(recipe, frequencies)
     after = scored(str(trained))
-    summary = write_summary(output, held_out, before, after, time.time() - began)
+    LiveReport(output, held_out).finish(recipe.warm_start.max_steps, before, after)
+    summary = write_summary(output, before, after, time.time() - began)
     table = Monitor(output, 0, trackers=(), progress=False).table
     table(summary["before"], summary["after"], summary["difference"], summary["signatures"])
     write_report(output)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 
 from mmft.algorithms.kl import AdaptiveKL, FixedKL
 from mmft.batch import PromptBatch, Rollout
@@ -23,8 +25,9 @@ from mmft.evaluation.captioning import metric_info
 from mmft.evaluation.findings import main_metric
 from mmft.evaluation.report import write_report
 from mmft.recipe.secrets import redact
-from mmft.training import distributed
+from mmft.training import distributed, saving
 from mmft.training import rollout as stages
+from mmft.training.callbacks import Callbacks, with_state
 from mmft.training.checkpoint import (
     find_checkpoint,
     host_state,
@@ -35,18 +38,22 @@ from mmft.training.checkpoint import (
 )
 from mmft.training.config import A2CConfig, PPOConfig
 from mmft.training.critic import fit_critic
+from mmft.training.described import describe
+from mmft.training.diagnoses import Diagnoses
 from mmft.training.engines import engine_of
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
 from mmft.training.fingerprint import fingerprint
 from mmft.training.finite import require_finite_rollout
+from mmft.training.from_trl import config_of, loading, require_known, settled
 from mmft.training.guards import Alarm, Guards
 from mmft.training.interrupts import Abandoned, Interrupted, Interrupts
-from mmft.training.measures import ledger, measure, warn_of_equal_rewards
+from mmft.training.measures import distributions, ledger, measure
 from mmft.training.monitor import LEDGER, Monitor
 from mmft.training.schedule import learning_rate_factor, places, rows_of_step
-from mmft.training.scoring import as_rewards, rewards_at, share_backbone
-from mmft.training.summary import write_summary
+from mmft.training.scoring import HeldOutParts, as_rewards, rewards_at, score_texts, share_backbone
+from mmft.training.summary import LiveReport, environment_of, write_summary
 from mmft.training.together import Together
+from mmft.training.trackers import check_trackers
 from mmft.training.transaction import Checkpoints, Damaged, failpoint
 from mmft.training.update import update
 from mmft.training.vllm_engine import VLLM
@@ -69,41 +76,57 @@ class PPOTrainer:
             `mmft.data.Rows`.
         eval_dataset: held-out rows of the same kind.
         processing_class: the processor; by default the one saved with the model.
-        peft_config: a PEFT configuration; None trains every weight, against a frozen copy as reference.
+        peft_config: a PEFT configuration, or "lora" for rank 16 on the layers that suit the model's family; None
+            trains every weight, against a frozen copy as reference.
         compute_metrics: texts and rows -> metric -> number per sample, for evaluation. By default the reward
             functions' own parts are the metrics.
+        callbacks: `transformers.TrainerCallback`s, see `mmft.training.callbacks`.
+        quantization_config: of a model that is given by name.
+        theirs: TRL's other arguments; refused, with what to do instead, unless they ask for nothing.
+
+    TRL's `GRPOConfig` is taken as ``args``, too, and its option names by `PPOConfig`: docs/from_trl.md.
     """
 
     config_class = PPOConfig
+    has_recipe = False  # it was made by one, which lies in the run folder
 
     def __init__(
         self,
         model,
-        reward_funcs,
+        reward_funcs=None,
         args: PPOConfig | None = None,
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
         peft_config=None,
         compute_metrics: Metrics | None = None,
+        callbacks=None,
+        quantization_config=None,
+        **theirs: Any,
     ):
-        self.config = args or self.config_class()
-        if type(self.config) is not self.config_class:
+        require_known(theirs, type(self).__name__)
+        args = args or self.config_class()
+        if hasattr(args, "per_device_train_batch_size") and not isinstance(args, PPOConfig):
+            args = config_of(args, self.config_class)
+        if type(args) is not self.config_class:
             raise ValueError(f"{type(self).__name__} takes {self.config_class.__name__}, not {type(args).__name__}")
-        if train_dataset is None or len(train_dataset) == 0:
-            raise ValueError("train_dataset is empty; PPO needs rows with 'prompt' and 'image'")
-        if eval_dataset is not None and len(eval_dataset) == 0:
-            raise ValueError("eval_dataset is empty; leave it out to train without evaluation")
+        _require_rows(train_dataset, eval_dataset)
+        if reward_funcs is None:
+            raise ValueError("reward_funcs is missing: a function f(completions, **columns) -> a number per completion")
+        self.config = settled(args, len(train_dataset))
+        check_trackers(self.config.report_to)
         self.train_dataset, self.eval_dataset = opened_here(train_dataset), opened_here(eval_dataset)
         _require_columns(train_dataset, "train_dataset")
-        self.reward_funcs = as_rewards(reward_funcs, self.config.reward_weights)
+        self.callbacks = Callbacks(callbacks, self.config)
+        reward_funcs = with_state(reward_funcs, self.callbacks.state)
+        self.reward_funcs = as_rewards(reward_funcs, self.config.reward_weights, self.train_dataset)
         dense = [part.name for part in self.reward_funcs.parts if part.credit != "last" and part.weight != 0.0]
         if self.config.critic == "none" and dense:
             raise ValueError(
                 f"reward {dense[0]!r} is credited token by token, but critic='none' takes a response as one action: "
                 "train a critic, or credit the last token"
             )
-        self.guards = Guards(self.config.guards, self.config.skip_spikes)
+        self.guards = Guards(self.config.guards, self.config.skip_spikes, Diagnoses(self.config))
         if self.guards.may_roll_back and (eval_dataset is None or not self.config.eval_steps):
             raise ValueError(
                 "a guard with action 'rollback' returns to the best evaluation: set eval_steps (eval.every)"
@@ -111,7 +134,8 @@ class PPOTrainer:
         self.compute_metrics = compute_metrics or self._reward_metrics
         if not isinstance(model, Policy):
             if isinstance(model, str):
-                model, loaded = load_model(model)
+                set_seed(self.config.seed)  # of new weights: adapters start at random
+                model, loaded = load_model(model, **loading(self.config, quantization_config))
                 processing_class = processing_class or loaded
             model = build_policy(
                 model,
@@ -137,11 +161,15 @@ class PPOTrainer:
         if self.accelerator.num_processes > 1:
             self.reward_funcs.reduce = self._reduce_numbers
         accelerator = self.accelerator
+        self.callbacks.state.is_world_process_zero = accelerator.is_main_process
         self.watchdog = Watchdog(self.config.timeout, accelerator.process_index, accelerator.num_processes)
         self.run_dir = Path(self.config.output_dir)
+        word_by_word = {f"reward/{p.name}": getattr(p.function, "increments", None) for p in self.reward_funcs.parts}
+        self.report = LiveReport(self.run_dir, self.eval_dataset, {k: v for k, v in word_by_word.items() if v})
+        # Where they are the metrics, the reward and its parts need not be asked for twice.
+        self._parts = HeldOutParts(self.reward_funcs) if compute_metrics else None
         self.engine = engine_of(self.config)
         self._seconds: dict[str, float] = {}
-        self._told_equal = False
         self._rolled_back_to: int | None = None
         self._together = Together(self.accelerator)
         self.checkpoints = self.checkpoints_of(self.run_dir)
@@ -155,6 +183,8 @@ class PPOTrainer:
         self._usual_seconds: dict[str, float] = {}  # phase -> what it took in the step before
         self._abandonable: tuple[str, ...] = ()  # phases before which the step may be given up
         self._written: list[tuple[str, str]] = []  # see `ledger`
+        self._drawn: dict[str, np.ndarray] = {}  # see `distributions`
+        self._draws: Callable[[int], bool] = lambda step: False  # whether this step's are wanted; the monitor knows
         self._begun: int | None = None
 
     # ---------------------------------------------------------------- the loop
@@ -172,12 +202,25 @@ class PPOTrainer:
         done = self.begin(resume_from_checkpoint)
         main = self.accelerator.is_main_process
         aside = self.checkpoints.set_aside(after=done)
-        monitor = Monitor(self.run_dir, self.config.max_steps, main, self.config.report_to, resume_step=done or None)
+        monitor = Monitor(
+            self.run_dir,
+            self.config.max_steps,
+            main,
+            self.config.report_to,
+            resume_step=done or None,
+            options=asdict(self.config) | {"model": self.policy.model.config._name_or_path} | self.signatures(),
+        )
+        self._draws = monitor.wants_distributions
         if aside:
             monitor.say(f"checkpoints of an earlier run were moved to {aside}")
+        if main:
+            (self.run_dir / "summary.json").unlink(missing_ok=True)  # an earlier run's; this one is not finished
+        self.callbacks.begin(done, **self._seen)
         with self._interrupts, self.watchdog.phase("between steps"):
             if not done and self.guards.best_step is None:
                 self._held_out(0, self.before)
+                monitor.evaluated(0, self.eval_dataset, self.before, self.before)
+                self._report(0, None, monitor)
                 if self._keeps_best:
                     save_checkpoint(self, 0)
             last = self._steps(done, monitor)
@@ -188,27 +231,29 @@ class PPOTrainer:
             monitor.alarms(alarms)
             if self._act(alarms, monitor) and self._rolled_back_to is not None:
                 after = self.evaluate()
+        self.callbacks.end(**self._seen)
         weights = distributed.trained_weights(self.accelerator, self.prepared)
         summary: dict[str, Any] = {}
         with distributed.whole(self.accelerator, self.prepared):
             if main:
                 save_adapter(self.policy, self.run_dir, weights)
+                self.policy.processor.save_pretrained(self.run_dir / "processor")
         if main:
+            self.report.finish(last if self._rolled_back_to is None else self._rolled_back_to, self.before, after)
             summary = write_summary(
                 self.run_dir,
-                self.eval_dataset,
                 self.before,
                 after,
                 self.seconds(),
                 self.signatures(),
                 self.guards.alarms,
                 self._rolled_back_to,
+                environment_of(self.policy.device, self.accelerator.num_processes),
             )
-            shown = [self.eval_dataset[i].get("image") for i in range(min(8, len(after.texts)))] if after else []
-            if shown and all(picture is not None for picture in shown):
-                monitor.log_images(self.config.max_steps, shown, after.texts)
+            monitor.evaluated(last, self.eval_dataset, self.before, after)
             monitor.table(summary["before"], summary["after"], summary["difference"], summary["signatures"])
             write_report(self.run_dir)
+            monitor.farewell(len(self.guards.alarms))
         monitor.close()
         self.accelerator.wait_for_everyone()
         return summary
@@ -226,6 +271,8 @@ class PPOTrainer:
         if self._begun is None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             checkpoint = find_checkpoint(self, resume) if resume else None
+            if not self.has_recipe and self.accelerator.is_main_process:
+                describe(self, self.run_dir / "recipe.yaml")
             self.allow_change = allow_change
             with self.watchdog.phase("self-test"):
                 self._self_test()
@@ -250,26 +297,37 @@ class PPOTrainer:
             kept = host_state(self)
             # The fit of the critic comes before the first update, and changes weights.
             self._abandonable = ("reference", "reward", "update") if step > 1 else ("reference", "reward")
+            self.callbacks.step_begin(**self._seen)
             try:
                 metrics = self.step(step)
                 self._usual_seconds = dict(self._seconds)
             except Abandoned:
                 restore_host_state(self, kept)
                 self._leave_if_asked(step - 1, monitor)
-            alarms = self.guards.look(step, metrics)
+            alarms, held_out = self.guards.look(step, metrics), None
             if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
                 held_out = self.evaluate()
                 metrics |= {f"eval/{k}": v for k, v in (held_out.means() if held_out else {}).items()}
                 alarms += self._held_out(step, held_out)
-            monitor.log(step, metrics, self._written)
+            monitor.log(step, metrics, self._written, self._drawn)
             monitor.alarms(alarms)
+            if held_out is not None:
+                monitor.evaluated(step, self.eval_dataset, self.before, held_out)
+            enough = self.callbacks.step(step, metrics, **self._seen)
             if self._act(alarms, monitor):
                 return step
             new_best = self.guards.best_step == step and (config.save_steps or self._keeps_best)
-            if new_best or step == config.max_steps or (config.save_steps and step % config.save_steps == 0):
+            due = step == config.max_steps or (config.save_steps and step % config.save_steps == 0)
+            if self.callbacks.wants_save() or new_best or due or enough:
                 monitor.sync()  # the lines of a saved step must outlive whatever the checkpoint outlives
                 save_checkpoint(self, step)
+                self.callbacks.saved(**self._seen)
+            if held_out is not None or self.saved_step == step:
+                self._report(step, held_out, monitor)
             self._leave_if_asked(step, monitor)
+            if enough:
+                monitor.say(f"a callback ended the training after step {step}")
+                return step
         return max(done, config.max_steps)
 
     def _leave_if_asked(self, step: int, monitor: Monitor) -> None:
@@ -277,11 +335,17 @@ class PPOTrainer:
         if number := self._interrupts.asked():
             monitor.sync()
             folder = save_checkpoint(self, step)
+            self._report(step, None, monitor, needed=True)
             said = f"ended by {signal.Signals(number).name} after step {step}: saved {folder}; go on by --resume"
             monitor.say(said)
             record_cause(said)  # a launcher calls this a failure, too, and ends its report with it
             monitor.close()
             raise Interrupted(number)
+
+    def _report(self, step: int, held_out: Evaluation | None, monitor: Monitor, needed: bool = False) -> None:
+        """Shows what is new in ``report.html``; a run outlives a report that cannot be written."""
+        if self.accelerator.is_main_process and (problem := self.report.show(step, self.before, held_out, needed)):
+            monitor.say(problem)
 
     def _boundary(self, phase: str) -> None:
         """Between the phases of a step: gives it up where a signal is there and the rest would take too long.
@@ -294,6 +358,37 @@ class PPOTrainer:
             rest = sum(self._usual_seconds.get(name, float("inf")) for name in order[order.index(phase) :])
             if self._interrupts.too_long(rest):
                 raise Abandoned
+
+    # ---------------------------------------------------------------- what TRL's scripts ask for
+
+    @property
+    def args(self) -> PPOConfig:
+        """The config, by TRL's name."""
+        return self.config
+
+    @property
+    def model(self):
+        """The model with its adapters."""
+        return self.policy.model
+
+    @property
+    def processing_class(self):
+        """The processor."""
+        return self.policy.processor
+
+    @property
+    def _seen(self) -> dict[str, Any]:
+        return {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer}
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Adapter (or whole model), value head and processor, right in the folder; see `mmft.training.saving`."""
+        saving.save_model(self, output_dir or self.run_dir)
+
+    def push_to_hub(
+        self, commit_message: str = "End of training", repository: str | None = None, private: bool | None = None, **_
+    ) -> str | None:
+        """Uploads adapter, value head and processor; `mmft push` publishes the run of a recipe with its model card."""
+        return saving.push_to_hub(self, repository, commit_message, private)
 
     def checkpoints_of(self, run_dir: Path) -> Checkpoints:
         """The checkpoints of a run folder."""
@@ -321,14 +416,14 @@ class PPOTrainer:
         # 7. Epochs x minibatches x microbatches.
         with self._timed("update"):
             self.prepared.train()
-            losses = update(self.prepared, self.optimizer, rollout, config, self.accelerator, step, self.guards.spikes)
+            ratios: list[torch.Tensor] | None = [] if self._draws(step) else None
+            losses = update(
+                self.prepared, self.optimizer, rollout, config, self.accelerator, step, self.guards.spikes, ratios
+            )
+        self._drawn = {} if ratios is None else distributions(rollout, ratios)
 
         counted = [part.name for part in self.reward_funcs.parts if part.weight != 0.0]
         metrics = measure(rollout, kl, counted, config.critic != "none", self.accelerator, self._reduce) | losses
-        kept = int(metrics.pop("kept"))
-        if metrics["reward_std"] == 0.0 and not self._told_equal and self.accelerator.is_main_process:
-            self._told_equal = True
-            warn_of_equal_rewards(kept)
         if isinstance(self.engine, VLLM):
             metrics |= {f"vllm/logprob_gap_{name}": gap for name, gap in self.engine.gap.items()}
         if self.guards.wants_blank(step):
@@ -480,6 +575,7 @@ class PPOTrainer:
                 config.max_completion_length,
                 config.eval_batch,
                 self.accelerator,
+                self._parts,
             )
 
     def _reward_metrics(
@@ -487,13 +583,7 @@ class PPOTrainer:
     ) -> dict[str, np.ndarray]:
         # The rows come without their pictures, and a reward may look at them.
         rows = [self.eval_dataset[i] | {"completion_ids": row["completion_ids"]} for i, row in enumerate(rows)]
-        columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(k for row in rows for k in row)}
-        prompts = columns.pop("prompt", [""] * len(rows))
-        conversational = [not isinstance(p, str) for p in prompts]
-        completions = [
-            [{"role": "assistant", "content": t}] if chat else t for t, chat in zip(texts, conversational, strict=True)
-        ]
-        scores = self.reward_funcs(prompts=prompts, completions=completions, ended=ended, **columns)
+        scores = score_texts(self.reward_funcs, texts, rows, ended)
         return {"reward": np.asarray(scores.total)} | {f"reward/{k}": np.asarray(v) for k, v in scores.parts.items()}
 
     def signatures(self) -> dict[str, str]:
@@ -532,6 +622,16 @@ class A2CTrainer(PPOTrainer):
     """Advantage actor-critic: the same loop with one pass and the plain policy gradient. See `PPOTrainer`."""
 
     config_class = A2CConfig
+
+
+def _require_rows(train, held_out) -> None:
+    for name, rows in (("train_dataset", train), ("eval_dataset", held_out)):
+        if isinstance(rows, dict) or (rows is not None and not hasattr(rows, "__len__")):
+            raise ValueError(f"{name} is {type(rows).__name__}; expected rows that can be counted: one Dataset or list")
+    if train is None or len(train) == 0:
+        raise ValueError("train_dataset is empty; PPO needs rows with 'prompt' and 'image'")
+    if held_out is not None and len(held_out) == 0:
+        raise ValueError("eval_dataset is empty; leave it out to train without evaluation")
 
 
 def _require_columns(dataset, name: str) -> None:

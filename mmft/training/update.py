@@ -27,11 +27,15 @@ def update(
     accelerator,
     step: int,
     spikes: Spikes | None = None,
+    ratios: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """Learns from one rollout. ``policy`` and ``optimizer`` are the prepared ones.
 
     The loss of a minibatch is its sum over tokens divided by the tokens of the whole minibatch over all processes,
     so neither the size of a microbatch nor the number of processes changes the gradient.
+
+    Args:
+        ratios: gets the new over the old probability of this process's tokens (flat) in the last pass.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite on some process; no process has applied that update.
@@ -64,7 +68,8 @@ def update(
                 last = i + 1 == len(micros)
                 with distributed.accumulating(accelerator, policy, last):
                     with accelerator.autocast():
-                        loss, stats = microbatch_loss(policy, rollout, micro.tolist(), config, scale)
+                        kept = ratios if epoch + 1 == config.num_ppo_epochs else None
+                        loss, stats = microbatch_loss(policy, rollout, micro.tolist(), config, scale, kept)
                     # Of a ratio that fell to 0 neither the loss nor its gradient says so.
                     odd = "the loss" if not loss.isfinite() else "" if isfinite(stats["approx_kl"]) else "a log-ratio"
                     require_finite(accelerator, where, odd, names_of(micro))
@@ -113,7 +118,12 @@ def _summed_up(metrics: dict[str, list[float]], config: PPOConfig, accelerator) 
 
 
 def microbatch_loss(
-    policy: nn.Module, rollout: Rollout, groups: list[int], config: PPOConfig, scale: Tensor | float
+    policy: nn.Module,
+    rollout: Rollout,
+    groups: list[int],
+    config: PPOConfig,
+    scale: Tensor | float,
+    ratios: list[Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The microbatch's share of the minibatch loss: policy + vf_coef * value - entropy_coef * entropy.
 
@@ -143,8 +153,10 @@ def microbatch_loss(
         )
     loss = policy_loss
     stats = {k: float(v) for k, v in stats.items()} | {"policy_loss": policy_loss.item()}
-    error = ((new.logprobs.detach() - old_logprobs).exp() - 1)[responses.mask].abs()
-    stats["ratio_error"] = float(error.max()) if len(error) else 0.0
+    ratio = (new.logprobs.detach() - old_logprobs).exp()[responses.mask]
+    stats["ratio_error"] = float((ratio - 1).abs().max()) if len(ratio) else 0.0
+    if ratios is not None:
+        ratios.append(ratio)
     if new.values is not None:
         value_loss, value_stats = losses.value_loss(
             new.values, own(rollout.old.values), own(rollout.returns), mask, config.cliprange_value, denominator

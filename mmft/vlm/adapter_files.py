@@ -82,6 +82,7 @@ def load_adapter(model: nn.Module, folder: str | Path):
     tensors = read_adapter(folder, model)
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
+    config.base_model_name_or_path = None  # compared above, and PEFT would warn of a copy in another place
     wrapped = _wrapped(model, config)
     left = set_peft_model_state_dict(wrapped, tensors).unexpected_keys
     assert not left, left  # the names were compared above

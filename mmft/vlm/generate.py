@@ -9,6 +9,7 @@ way. Draws are seeded per row: a row's responses do not depend on the batch or t
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmft.batch import PromptBatch, Responses, TokenOutputs
-from mmft.vlm.adapters import folded
 from mmft.vlm.attention import DecodeAttention, PrefixAttention
 from mmft.vlm.decoder import run
 from mmft.vlm.pictures import check_placeholders
@@ -61,10 +61,16 @@ def generate(
     was_training = policy.training
     policy.eval()
     try:
-        with folded(policy.model):
+        with _folded(policy.model):
             return _decode(policy, prompts, num_generations, max_new_tokens, temperature, uniforms)
     finally:
         policy.train(was_training)
+
+
+def decode(policy: Policy, responses: Responses) -> list[str]:
+    """The responses as text, without special tokens and outer spaces."""
+    rows = [ids[mask].tolist() for ids, mask in zip(responses.ids.cpu(), responses.mask.cpu(), strict=True)]
+    return [text.strip() for text in policy.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def require_room(policy: Policy, prompts: PromptBatch, max_new_tokens: int) -> None:
@@ -87,6 +93,15 @@ def draws(row_ids: list[str], num_generations: int, length: int, seed: int | Non
         stream = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
         rows.append(stream.random((num_generations, length)))
     return torch.from_numpy(np.concatenate(rows))
+
+
+def _folded(model: torch.nn.Module):
+    """`adapters.folded`, where there are adapters: the import of PEFT takes half a second."""
+    if not hasattr(model, "peft_config"):
+        return nullcontext()
+    from mmft.vlm.adapters import folded
+
+    return folded(model)
 
 
 def _decode(policy, prompts, group, length, temperature, uniforms) -> tuple[Responses, TokenOutputs]:

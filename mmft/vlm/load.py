@@ -38,6 +38,7 @@ def load_model(
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
+    processor: str | None = None,
 ):
     """Loads a model that reads pictures, clips or sounds, and its processor.
 
@@ -49,6 +50,7 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on a GPU, float32 on a CPU.
         device: where quantised weights go; None lets the caller (Accelerate) move the model.
         trust_remote_code: run Python code that comes with the model; without it such a model is refused.
+        processor: folder of the processor, where it does not lie beside the model.
 
     Raises:
         ValueError: the model cannot be loaded, with what was looked for and where; it is no whole model, its weights
@@ -70,7 +72,7 @@ def load_model(
         options["device_map"] = {"": device or _own_device()}
     try:
         # Said in words: transformers asks on the terminal where trust_remote_code is left open.
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        reader = AutoProcessor.from_pretrained(processor or folder, trust_remote_code=trust_remote_code)
         with read_tensor_by_tensor() if quantize is not None else nullcontext():
             model = AutoModelForMultimodalLM.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, use_safetensors=True, **options
@@ -79,7 +81,7 @@ def load_model(
         raise ValueError(cannot_load(name, folder, error)) from error
     if quantize is not None:
         compute_as_in_training(model)
-    return model, processor
+    return model, reader
 
 
 def _own_device() -> str:
@@ -231,9 +233,10 @@ def build_policy(
 ) -> Policy:
     """Model (or name) + adapters + value head -> the trainable policy.
 
-    With a ``peft_config`` (or a `PeftModel`) only the adapters and the value head are trained, and the reference is
-    the same weights with adapters off; a configuration without ``target_modules`` gets the family's. Without one
-    every weight is trained that is not frozen, and the reference has copies of those and shares the frozen ones.
+    With a ``peft_config`` (or "lora", which is `lora_config` as it stands, or a `PeftModel`) only the adapters and the
+    value head are trained, and the reference is the same weights with adapters off; a configuration without
+    ``target_modules`` gets the family's. Without one every weight is trained that is not frozen, and the reference has
+    copies of those and shares the frozen ones.
     ``cache`` are `Policy`'s options of that name.
 
     Raises:
@@ -248,6 +251,10 @@ def build_policy(
         processor = AutoProcessor.from_pretrained(model.config._name_or_path, trust_remote_code=False)
     without_dropout(model)
     reference = None
+    if isinstance(peft_config, str):
+        if peft_config != "lora":
+            raise ValueError(f"peft_config={peft_config!r}: expected a PEFT configuration, 'lora', or None")
+        peft_config = lora_config(model)
     if peft_config is not None:
         from peft import get_peft_model
 

@@ -17,7 +17,7 @@ def check_model(name: str) -> None:
         name: a folder or a hub id, of which only the small JSON files that loading needs anyway are fetched.
     """
     where = f"model.name: {name}"
-    if (adapter := _file(name, ADAPTER)) is not None:
+    if (adapter := own_file(name, ADAPTER)) is not None:
         # transformers would load the base model that the file names, and the adapter unchecked.
         base = _object(adapter, f"{where}: {ADAPTER}").get("base_model_name_or_path")
         raise ValueError(f"{where} holds an adapter ({ADAPTER}), expected a whole model, such as its base: {base}")
@@ -26,12 +26,12 @@ def check_model(name: str) -> None:
             f"{where} has its weights in a pickle (.bin), which may run code and is not read; expected safetensors "
             "(in transformers, save_pretrained writes them)"
         )
-    config = _file(name, "config.json")
+    config = own_file(name, "config.json")
     named = _object(config, f"{where}: config.json").get("transformers_weights") if config is not None else None
     for index in {INDEX, named} if isinstance(named, str) and named.endswith(".json") else {INDEX}:
         if index is not INDEX:
             _check_weights(index, f"{where}: config.json: transformers_weights", ".json")
-        if (path := _file(name, index)) is not None:
+        if (path := own_file(name, index)) is not None:
             weights = _object(path, f"{where}: {index}").get("weight_map")
             if not isinstance(weights, dict):
                 raise ValueError(f"{where}: {index}: no weight_map; expected one, from tensors to files")
@@ -46,7 +46,7 @@ def _check_weights(file: str, where: str, suffix: str) -> None:
         raise ValueError(f"{where} names {file!r}; expected a {suffix} file of the model's own")
 
 
-def _file(name: str, file: str) -> Path | None:
+def own_file(name: str, file: str) -> Path | None:
     """A file of a folder, or of a repository of the Hub; None where it has none, or cannot be reached."""
     from transformers.utils import cached_file
 

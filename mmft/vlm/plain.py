@@ -67,6 +67,27 @@ def plain_generate(
     policy, prompts: PromptBatch, group: int, length: int, temperature: float, seed: int | None
 ) -> tuple[Responses, TokenOutputs]:
     """`model.generate` on N rows, prompts padded on the left, then a forward pass for log-probs and values."""
+    chosen = LogitsProcessorList()
+    if temperature > 0:
+        uniforms = draws(prompts.row_ids, group, length, seed).to(policy.device)
+        chosen.append(_Drawn(uniforms, temperature))
+    return _searched(policy, prompts, group, length, temperature or 1.0, chosen)
+
+
+def beam_search(policy, prompts: PromptBatch, beams: int, length: int) -> tuple[Responses, TokenOutputs]:
+    """One response to each of B prompts, the best of ``beams`` by its log-prob per token, by `model.generate`.
+
+    Args:
+        prompts: with the pixels of their pictures (see `Pictures.prompts`).
+        length: of a response, in tokens at most.
+    """
+    return _searched(policy, prompts, 1, length, 1.0, LogitsProcessorList(), num_beams=beams)
+
+
+def _searched(
+    policy, prompts: PromptBatch, group: int, length: int, temperature: float, chosen: LogitsProcessorList, **how: Any
+) -> tuple[Responses, TokenOutputs]:
+    """What `model.generate` finds for N rows, and a forward pass's log-probs, values and entropy of it."""
     n_pad = prompts.prompt_ids.shape[1] - prompts.prompt_mask.sum(-1)
     left = (torch.arange(prompts.prompt_ids.shape[1], device=policy.device)[None] - n_pad[:, None]).clamp_min(0)
     mask = torch.arange(prompts.prompt_ids.shape[1], device=policy.device)[None] >= n_pad[:, None]
@@ -80,11 +101,8 @@ def plain_generate(
         suppress_tokens=policy.banned_ids.tolist() or None,
         pad_token_id=pad_id,
         eos_token_id=policy.end_ids,
+        **how,
     )
-    chosen = LogitsProcessorList()
-    if temperature > 0:
-        uniforms = draws(prompts.row_ids, group, length, seed).to(policy.device)
-        chosen.append(_Drawn(uniforms, temperature))
     was_training = policy.training
     policy.eval()
     try:
@@ -101,7 +119,7 @@ def plain_generate(
             is_end = torch.isin(written, torch.tensor(policy.end_ids, device=written.device))
             response_mask = is_end.long().cumsum(-1) - is_end.long() == 0
             responses = Responses(written * response_mask, response_mask, is_end.any(-1))
-            return responses, policy(prompts, responses, temperature or 1.0, entropy=True)
+            return responses, policy(prompts, responses, temperature, entropy=True)
     finally:
         policy.train(was_training)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from mmft.batch import PromptBatch, Responses, TokenOutputs
-from mmft.vlm.adapters import fold_lora
 from mmft.vlm.decoder import run, share_prefixes, text_decoder
 from mmft.vlm.families import Family, end_tokens, family_of, never_sampled
 from mmft.vlm.logprobs import Distribution, token_logprobs
@@ -77,7 +76,10 @@ class Policy(nn.Module):
                 f"without it: {reasons}",
                 stacklevel=2,
             )
-        fold_lora(model)
+        if hasattr(model, "peft_config"):
+            from mmft.vlm.adapters import fold_lora  # PEFT; without adapters nobody waits for its import
+
+            fold_lora(model)
         if self.shared_prefix:
             for shares in (model, *([reference] if reference is not None else [])):
                 share_prefixes(shares, self.family)

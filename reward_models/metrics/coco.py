@@ -75,8 +75,11 @@ def read_references(path: str) -> dict[Any, list[str]]:
     return out
 
 
-def read_results(path: str, references: dict[Any, list[str]]) -> dict[Any, str]:
-    """Picture id -> caption, exactly one for every picture of `references`. ValueError naming what is amiss."""
+def read_results(path: str, references: dict[Any, list[str]], allow_missing: bool = False) -> dict[Any, str]:
+    """Picture id -> caption, exactly one for every picture of `references`. ValueError naming what is amiss.
+
+    allow_missing: pictures without a result are no error.
+    """
     data = _read_json(path)
     if not isinstance(data, list):
         raise ValueError(f'{path}: expected COCO results: a list of {{"image_id", "caption"}}')
@@ -89,7 +92,7 @@ def read_results(path: str, references: dict[Any, list[str]]) -> dict[Any, str]:
     if unknown:
         raise ValueError(f"{path}: {len(unknown)} image ids are not in the references, first: {_some(unknown)}")
     missing = [image_id for image_id in references if image_id not in out]
-    if missing:
+    if missing and not allow_missing:
         raise ValueError(
             f"{path}: {len(missing)} of {len(references)} pictures have no result, first: {_some(missing)}"
         )

@@ -209,16 +209,33 @@ class Meteor:
 
     def corpus(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         """The score of the whole, from summed counts: what the COCO server reports, not the mean of the rows."""
+        counts = [row for row in self._rows(candidates, references) if row]
+        with self._lock, self._closed_on_error():
+            return self._evaluate(0, counts)[-1] if counts else 0.0
+
+    def counts(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        """(N, 23) float64: METEOR's sufficient statistics, whose sums over rows are those of a set of rows.
+
+        Of candidate and reference in turn: words, function words, and per stage (exact, stem, synonym, paraphrase)
+        matched content words and matched function words; then chunks, and matched words of either side.
+        """
+        rows = self._rows(candidates, references)
+        return np.array([list(map(float, row.split())) if row else [0.0] * 23 for row in rows]).reshape(-1, 23)
+
+    def _rows(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[str]:
+        """Per row its statistics as METEOR writes them; nothing where no reference has a word."""
         texts, refs, _ = check_rows("meteor", candidates, references)
-        counts = []
+        out = []
         with self._lock, self._closed_on_error():
             for i, (text, lines) in enumerate(_lines(self._tokenize, texts, refs)):
                 if text and lines:
-                    counts.append(self._counts(i, text, lines))
+                    out.append(self._counts(i, text, lines))
                 elif lines:  # METEOR cannot read an empty candidate: count a word that nobody says, as no word
                     unheard = "z" * (1 + max(map(len, lines)))
-                    counts.append(" ".join(["0.0", *self._counts(i, unheard, lines).split()[1:]]))
-            return self._evaluate(0, counts)[-1] if counts else 0.0
+                    out.append(" ".join(["0.0", *self._counts(i, unheard, lines).split()[1:]]))
+                else:
+                    out.append("")
+        return out
 
     def close(self) -> None:
         """End the Java process; the next call starts one again."""

@@ -94,6 +94,15 @@ def test_a_folder_without_lists_is_split_by_name(folder):
         assert {row["id"] for row in load_rows(str(folder), split)} - {"new.png"} == ids
 
 
+def test_a_small_folder_without_lists_holds_out_a_picture_nevertheless(folder):
+    """By their names' hashes none of a, b and c is in the test split; what is held out is in no other split."""
+    for name in ("train", "test"):
+        (folder / f"{name}.txt").unlink()
+    splits = [[row["id"] for row in load_rows(str(folder), name)] for name in ("train", "validation", "test")]
+    assert [len(names) for names in splits] == [1, 1, 1]
+    assert sorted(sum(splits, [])) == ["a.png", "b.png", "c.png"]
+
+
 def test_coco_json(folder):
     (folder / "captions.csv").unlink()
     images = [

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmft.evaluation import report
+from mmft.evaluation import gallery
+from mmft.evaluation.charts import charts
 from mmft.evaluation.curves import chart, thin
-from mmft.evaluation.findings import headline, honesty, where, words_moved
 from mmft.evaluation.report import write_report
 
 HOSTILE = "<script>alert('x')</script> \"quoted\" & 'single' 🦊 {{ 7*7 }} </pre><img src=x onerror=alert(1)>"
@@ -125,7 +125,7 @@ def test_no_shares_over_picked_samples(tmp_path):
     summary = json.loads((run / "summary.json").read_text()) | {"rows": 500}
     (run / "summary.json").write_text(json.dumps(summary))
     text = Page(write_report(run)).text
-    assert "Of 30 pictures" not in text and "Words used" not in text
+    assert "Of 30 pictures" not in text and "Words used" not in text and "not all held-out captions" in text
     assert "Biggest gains" in text
 
 
@@ -137,10 +137,12 @@ def test_unfinished_run(tmp_path):
     assert "Gradient norm" in text
 
 
-def test_empty_folder_and_no_folder(tmp_path):
+def test_a_run_that_has_only_begun_and_what_is_no_run(tmp_path):
+    for folder, problem in ((tmp_path / "absent", "does not exist"), (tmp_path, "is no run folder")):
+        with pytest.raises(ValueError, match=problem):
+            write_report(folder)
+    (tmp_path / "metrics.jsonl").write_text("")
     assert "no steps yet" in Page(write_report(tmp_path)).text
-    with pytest.raises(ValueError, match="no run folder"):
-        write_report(tmp_path / "absent")
 
 
 def test_damaged_files(tmp_path):
@@ -172,57 +174,10 @@ def test_size_has_a_limit(tmp_path, monkeypatch):
         for step in range(20_000):
             file.write(json.dumps({"step": step, "reward": step % 7, "kl": 1.0, "time/update": 1.0}) + "\n")
     assert write_report(run).stat().st_size < 1_000_000
-    monkeypatch.setattr(report, "PICTURE_BYTES", 1_000)
+    monkeypatch.setattr(gallery, "PICTURE_BYTES", 1_000)
     page = Page(write_report(run))
     assert 0 < len(page.all("img")) < 20
     assert sum(len(img["src"]) for img in page.all("img")) < 1_000 * 4 / 3 + 40 * 28
-
-
-def test_headline_states():
-    def state(low, high, better="cider_d"):
-        mean = (low + high) / 2
-        change = {"mean": mean, "low": low, "high": high, "relative": mean}
-        return headline(
-            {
-                "before": {better: {"mean": 1.0}},
-                "after": {better: {"mean": 1 + mean}},
-                "difference": {better: change},
-            }
-        )
-
-    assert state(0.1, 0.3).state == "good" and "+20.0 %" in state(0.1, 0.3).text
-    assert state(-0.1, 0.3).state == "open" and "No clear change" in state(-0.1, 0.3).text
-    assert state(-0.3, -0.1).state == "bad"
-    assert state(0.1, 0.3, "bad_ending").state == "bad"  # more of them is worse
-
-
-def test_cheating_is_called_out():
-    before = {"bad_ending": interval(0.0), "length": interval(10.0), "corpus_bleu_4": interval(0.4)}
-    after = {"bad_ending": interval(0.02), "length": interval(12.5), "corpus_bleu_4": interval(0.3)}
-    fell = {"corpus_bleu_4": interval(-0.1, 0.05)}
-    metrics = [{"step": 1, "entropy": 1.0}, {"step": 2, "entropy": 0.05}]
-    found = honesty({"before": before, "after": after, "difference": fell}, metrics)
-    assert [f.state for f in found] == ["bad"] * 4
-    after = {"bad_ending": interval(0.01), "length": interval(8.1), "corpus_bleu_4": interval(0.41)}
-    flat = {"corpus_bleu_4": interval(0.01, 0.05)}
-    found = honesty({"before": before, "after": after, "difference": flat}, [])
-    assert [f.state for f in found] == ["good"] * 3
-
-
-def test_groups_by_objects():
-    samples = [
-        {"objects": [{}] * n, "scores_before": {"cider_d": 1.0}, "scores_after": {"cider_d": 4.0 - 2 * n}}
-        for n in [1, 2] * 20
-    ]
-    found = where(samples, "cider_d")
-    assert "20 (50 %) score higher" in found[0].text
-    assert found[1].text.startswith("1 object (20): +1.000") and found[1].state == "open"
-    assert found[2].text.startswith("2 objects (20): −1.000") and found[2].state == "bad"
-
-
-def test_words_moved():
-    more, less = words_moved([{"before": "a red dog.", "after": "a dog a"}, {"before": "x"}])
-    assert (more, less) == (["a (1 → 2)"], ["red (1 → 0)"])
 
 
 def test_chart_breaks_lines_at_missing_values():
@@ -242,3 +197,86 @@ def test_chart_of_nothing_and_of_one_point():
 def test_thinning_keeps_the_last_point():
     points = [(float(i), 0.0) for i in range(1000)]
     assert len(thin(points)) <= 241 and thin(points)[-1] == (999.0, 0.0)
+
+
+def test_lone_peaks_do_not_flatten_a_chart_and_are_told():
+    points = [(float(i), 1.0 + i % 2) for i in range(50)]
+    points[30] = (30.0, 500.0)
+    drawn = chart("KL", [("nats", points)], "A note.")
+    assert drawn.note == "A note. Peaks are cut off; the highest is 500."
+    assert max(float(tick[1]) for tick in drawn.y_ticks) <= 6
+    top = min(dot[1] for dot in drawn.lines[0].dots)
+    assert top >= 10 and "step 30: 500" in [dot[2] for dot in drawn.lines[0].dots]
+    assert chart("KL", [("nats", points[:30])], "A note.").note == "A note."
+
+
+def test_ticks_of_an_axis_differ():
+    drawn = chart("t", [("a", [(0, 4.2871), (1, 4.2899)])])
+    labels = [label for _, label in drawn.y_ticks]
+    assert len(set(labels)) == len(labels) > 1
+
+
+def test_a_run_keeps_its_colour_where_another_has_no_line():
+    assert [line.colour for line in chart("t", [("a", []), ("b", [(1, 1.0)])]).lines] == [1]
+
+
+def test_claims_are_drawn_as_a_share_of_all_claims():
+    rows = [{"step": 1, "eval/attribute_true": 3.0, "eval/attribute_total": 4.0}]
+    drawn = charts(rows, {"before": {}, "after": {}})
+    assert [(c.title, c.lines[0].last) for c in drawn] == [("Held-out: True claims about objects", "0.75")]
+
+
+def with_samples(run: Path, **more) -> Path:
+    """The run with something more in every sample."""
+    lines = [json.loads(line) | more for line in (run / "samples.jsonl").read_text().splitlines()]
+    (run / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return run
+
+
+def test_credit_is_seen_without_colour(tmp_path):
+    """Sign by the kind of underline, strength by its thickness, the number on hovering, the end named."""
+    credit = [["a", -0.5], ["red", 0.0], ["circle", 1.0], ["", 0.25]]
+    path = write_report(with_samples(make_run(tmp_path / "run"), credit_after=credit))
+    spans = [s for s in Page(path).all("span") if s.get("title")]
+    levels = {s["title"]: s["class"].split()[1:2] for s in spans[:4]}
+    assert levels == {
+        "−0.50 CIDEr-D": ["n2"],
+        "+0.00 CIDEr-D": ["new"],
+        "+1.00 CIDEr-D": ["p4"],
+        "+0.25 for ending here": ["p1"],
+    }
+    text = path.read_text()
+    assert "underline solid 3.0px" in text and "underline dotted" in text
+    assert "What each word added to its caption's CIDEr-D" in text and "(end)" in text
+
+
+def test_credit_that_is_none_is_left_out(tmp_path):
+    for wrong in ([["a", None]], ["a", 1], "x", [], [["a", float("nan")]], {"a": 1}):
+        page = Page(write_report(with_samples(make_run(tmp_path / str(id(wrong))), credit_after=wrong)))
+        assert not [s for s in page.all("span") if s.get("title")] and page.all("mark")
+
+
+def test_hostile_columns_credit_and_recipe(tmp_path):
+    """Kinds of pictures and credit come from the data, too; a NUL, a hundred thousand letters, right to left."""
+    run = make_run(tmp_path / "run", caption="‮עברית\0 " + "x" * 100_000)
+    with_samples(run, columns={HOSTILE: HOSTILE}, credit_after=[[HOSTILE, 1.0]], credit_before=[["\0", -1.0]])
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    other = [json.dumps(json.loads(line) | {"columns": {HOSTILE: "b"}}) for line in lines[:12]]
+    (run / "samples.jsonl").write_text("\n".join([*other, *lines[12:]]))
+    path = write_report(run)
+    page = Page(path)
+    assert not page.all("script") and path.stat().st_size < 1_000_000 and "\0" not in path.read_text()
+    assert HOSTILE[:40] in page.text  # a group's name, as text
+    assert "עברית" in page.text and all(dd.get("dir") == "auto" for dd in page.all("dd"))
+
+
+def test_a_run_that_goes_on_shows_its_newest_captions_as_such(tmp_path):
+    run = with_samples(make_run(tmp_path / "run"), step=20)
+    (run / "summary.json").unlink()
+    (run / "recipe.yaml").write_text("train: {steps: 60}\n")
+    (run / "alarms.jsonl").write_text(json.dumps({"guard": "kl", "step": 7, "text": "KL runs away"}) + "\n{")
+    text = Page(write_report(run)).text
+    assert "20 of 60 steps" in text and "not finished" in text
+    assert "So far: this is step 20." in text and "after step 20" in text
+    assert "Guard kl at step 7: KL runs away." in text
+    assert "Distinct word pairs" in text  # variety can be told without a summary

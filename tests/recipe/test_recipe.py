@@ -33,145 +33,8 @@ def problems(path: Path, *overrides: str) -> list[str]:
     return [line.replace(str(path), "r.yaml") for line in caught.value.problems]
 
 
-# Each case: the file, then what the one problem must begin with and hold.
-CASES = {
-    "typo in a section": (
-        "rewads:\n- {name: bleu}\n",
-        "r.yaml:1: rewads: got an unknown key",
-        "mean rewards?",
-    ),
-    "typo in a key": (
-        "seed: 1\ntrain:\n  step: 3\n",
-        "r.yaml:3: train.step: got an unknown",
-        "mean train.steps?",
-    ),
-    "typo three deep": (
-        "model:\n  lora:\n    alhpa: 3\n",
-        "r.yaml:3: model.lora.alhpa:",
-        "mean model.lora.alpha?",
-    ),
-    "typo in flow style": (
-        "model: {tune: lora,\n  critc: none}\n",
-        "r.yaml:2: model.critc:",
-        "mean model.critic?",
-    ),
-    "right key, wrong section": (
-        "train:\n  steps: 2\n  num_generations: 4\n",
-        "r.yaml:3: train.num_generations:",
-        "mean rollout.num_generations?",
-    ),
-    "other libraries' spelling": (
-        "algorithm:\n  clip_range: 0.1\n",
-        "r.yaml:2: ",
-        "mean algorithm.cliprange?",
-    ),
-    "key in an item of a list": (
-        "rewards:\n- name: bleu\n  wieght: 1\n",
-        "r.yaml:3: rewards.0.wieght:",
-        "0.weight?",
-    ),
-    "name of a reward": (
-        "rewards:\n- name: bleu\n- name: cidre_d\n",
-        "r.yaml:3: rewards.1.name:",
-        "mean cider_d?",
-    ),
-    "reward without a name": (
-        "rewards:\n- name: bleu\n- weight: 1\n",
-        "r.yaml:3: rewards.1.name: missing",
-        "cider_d",
-    ),
-    "choice": (
-        "model:\n  tune: lorra\n",
-        'r.yaml:2: model.tune: got "lorra", expected lora, full',
-        "mean lora?",
-    ),
-    "Python's None": ("model:\n  critic: None\n", 'r.yaml:2: model.critic: got "None"', "mean none?"),
-    "text for a number": (
-        "train:\n  steps: many\n",
-        'r.yaml:2: train.steps: got "many"',
-        "a whole number >= 1",
-    ),
-    "quoted number": (
-        'train:\n  learning_rate: "1e-5"\n',
-        "r.yaml:2: train.learning_rate:",
-        "1e-5 without quotes?",
-    ),
-    "fraction for a whole": ("train:\n  steps: 2.5\n", "r.yaml:2: train.steps: got 2.5", "a whole number"),
-    "true for a number": ("seed: true\n", "r.yaml:1: seed: got true", "a whole number >= 0"),
-    "no for false": (
-        "algorithm:\n  whiten_rewards: no\n",
-        'r.yaml:2: algorithm.whiten_rewards: got "no"',
-        "false?",
-    ),
-    "not a number": (
-        "algorithm: {kl_coef: .nan}\n",
-        "r.yaml:1: algorithm.kl_coef: got nan",
-        "a finite number",
-    ),
-    "infinite": (
-        "train:\n  learning_rate: .inf\n",
-        "r.yaml:2: train.learning_rate: got inf",
-        "a finite number > 0",
-    ),
-    "below the range": ("rollout:\n  temperature: 0\n", "r.yaml:2: rollout.temperature: got 0", "number > 0"),
-    "above the range": ("algorithm:\n  gamma: 1.01\n", "r.yaml:2: algorithm.gamma: got 1.01", "> 0 and <= 1"),
-    "value for a section": (
-        "seed: 0\nmodel: scenes-vlm\n",
-        'r.yaml:2: model: got "scenes-vlm"',
-        "keys (name,",
-    ),
-    "null for a section": ("model:\n", "r.yaml:1: model: got null", "a section with keys (name,"),
-    "section for a list": ("rewards: {name: bleu}\n", "r.yaml:1: rewards: got a section with keys", "a list"),
-    "empty list": ("seed: 1\nrewards: []\n", "r.yaml:2: rewards: got a list of 0", "one or more items"),
-    "empty text": ("data: {name: ''}\n", 'r.yaml:1: data.name: got ""', "text that is not empty"),
-    "no repository": ("output:\n  push_to_hub: model\n", "r.yaml:2: output.push_to_hub: got", "user/name of a repo"),
-    "given twice": (
-        "seed: 1\nmodel:\n  tune: lora\nseed: 2\n",
-        "r.yaml:4: seed: given twice (first on line 1)",
-        "",
-    ),
-    "given twice, deeper": (
-        "train:\n  steps: 1\n  steps: 2\n",
-        "r.yaml:3: train.steps: given twice",
-        "line 2",
-    ),
-    "tag": (
-        "seed: !!python/object/apply:os.getpid []\n",
-        "r.yaml:1: seed: got the tag",
-        "expected a plain list",
-    ),
-    "tag on a value": (
-        "model:\n  name: !env HOME\n",
-        "r.yaml:2: model.name: got the tag !env",
-        "without a tag",
-    ),
-    "false tag": ("seed: !!int abc\n", "r.yaml:1: seed: got 'abc' tagged", "expected a plain value"),
-    "merge key": ("seed: 1\n<<: {seed: 2}\n", "r.yaml:2: got the key <<", "plain words"),
-    "not YAML": ("seed: 1\nmodel: {name: x\ndata: 3\n", "r.yaml:", "not valid YAML"),
-    "two documents": ("seed: 1\n---\nseed: 2\n", "r.yaml:2: not valid YAML", "another document"),
-    "empty": ("", "r.yaml:1: the file is empty", "expected keys"),
-    "only comments": ("# nothing\n", "r.yaml:1: the file is empty", ""),
-    "list at the top": ("- seed\n", "r.yaml:1: got a list at the top", "expected keys"),
-    "not UTF-8": (b"seed: 1\nmodel: {name: caf\xe9}\n", "r.yaml:2: byte 0xe9 is not UTF-8", "saved as UTF-8"),
-    "control character": ("seed: 1\nmodel: {name: a\x00b}\n", "r.yaml:2: not valid YAML", "not allowed"),
-    "ten megabytes": ("# " + "x" * 10_000_000 + "\n", "r.yaml: longer than 256 KiB", "short"),
-    "deep": ("seed: " + "[" * 5000, "r.yaml:1:", ""),
-}
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_one_mistake_is_named_with_its_line(write, case):
-    text, start, part = case
-    found = problems(write(text))
-    assert len(found) == 1, found
-    assert found[0].startswith(start) and part in found[0], found[0]
-
-
+# What does not go together, beside what broken_table.py has: the file, then what its one problem must begin with.
 IMPOSSIBLE = {
-    "leave-one-out of one": (
-        "model:\n  critic: none\nrollout:\n  num_generations: 1\n",
-        "r.yaml:4: rollout.num_generations: got 1, expected 2 or more",
-    ),
     "ragged minibatches": (
         "rollout:\n  prompts_per_step: 10\nalgorithm:\n  num_mini_batches: 4\n",
         "r.yaml:4: algorithm.num_mini_batches: got 4, expected a divisor",
@@ -179,14 +42,6 @@ IMPOSSIBLE = {
     "default is to blame": (
         "seed: 0\nrollout:\n  prompts_per_step: 10\nalgorithm: {kl_target: 3, kl_coef: 0}\n",
         "r.yaml:4: algorithm.kl_target: got 3",
-    ),
-    "a2c twice": (
-        "algorithm:\n  name: a2c\n  num_ppo_epochs: 2\n",
-        "r.yaml:3: algorithm.num_ppo_epochs: got 2",
-    ),
-    "no reward": (
-        "seed: 1\nrewards:\n- {name: bleu, weight: 0}\n",
-        "r.yaml:2: rewards: got weight 0 everywhere",
     ),
     "reward twice": (
         "rewards:\n- name: bleu\n- name: bleu\n",
@@ -224,7 +79,6 @@ IMPOSSIBLE = {
         "rewards:\n- name: cider_d\n- {name: bleu, weight: {share: 0.5}}\n- {name: rouge_l, weight: {share: -0.5}}\n",
         "r.yaml:1: rewards: got shares of 1.0 together",
     ),
-    "quantized and full": ("model:\n  quantize: nf4\n  tune: full\n", "r.yaml:2: model.quantize: got nf4"),
     "long warm-up": ("train:\n  steps: 5\n  warmup_steps: 6\n", "r.yaml:3: train.warmup_steps: got 6"),
 }
 
@@ -246,29 +100,6 @@ def test_a_wrong_value_does_not_raise_a_false_combination(write):
     # num_generations falls back to its default while checking; only its own mistake may be reported.
     found = problems(write("model: {critic: none}\nrollout: {num_generations: one}\n"))
     assert len(found) == 1 and 'got "one"' in found[0]
-
-
-def test_alias_bomb_is_refused_quickly(write):
-    lines = ["a0: &a0 [1,1,1,1,1,1,1,1,1]"]
-    lines += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
-    assert any("too many values" in line for line in problems(write("\n".join(lines))))
-
-
-def test_an_alias_of_itself_is_refused(write):
-    assert any("too many values" in line for line in problems(write("model: &m\n  lora: *m\n")))
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1e-5", 1e-5), ("5.0e-4", 5e-4), ("1E-5", 1e-5), ("1", 1.0), (".5", 0.5), ("1_0", 10.0), ("010", 10.0)],
-)
-def test_numbers_are_numbers(write, text, value):
-    assert load_recipe(write(f"train: {{learning_rate: {text}}}")).train.learning_rate == value
-
-
-def test_numbers_of_yaml_1_1_too(write):
-    # Under 1.1 rules 1e-5 is text: it must not become a complaint about a good number.
-    assert load_recipe(write("%YAML 1.1\n---\ntrain:\n  learning_rate: 1e-5\n")).train.learning_rate == 1e-5
 
 
 def test_none_and_null_are_told_apart(write):
@@ -294,33 +125,8 @@ def test_overrides(write):
     assert load_recipe(path, ["model.lora={r: 4}"]).model.lora.r == 4
 
 
-@pytest.mark.parametrize(
-    ("override", "part"),
-    [
-        ("train.step=3", "train.step: got an unknown key"),
-        ("train.steps=x", 'train.steps: got "x"'),
-        ("train.steps", "expected key.sub=value"),
-        ("=3", "expected key.sub=value"),
-        ("train..steps=3", "expected key.sub=value"),
-        ("seed.x=3", "seed is 1, expected a section"),
-        ("rewards.5.weight=1", "got item 5, but rewards has 0"),
-        ("train.steps=[1", "not valid YAML"),
-        ("train.steps=!x 1", "got the tag !x"),
-        ("algorithm.num_mini_batches=5", "expected a divisor of rollout.prompts_per_step (32)"),
-    ],
-)
-def test_wrong_overrides_name_the_command_line(write, override, part):
-    found = problems(write("seed: 1\n"), override)
-    assert len(found) == 1 and found[0].startswith("command line: ") and part in found[0], found
-
-
 def test_an_override_mends_the_file(write):
     assert load_recipe(write("train: {steps: x}\n"), ["train.steps=3"]).train.steps == 3
-
-
-def test_a_combination_broken_by_an_override_points_there(write):
-    found = problems(write("algorithm: {num_mini_batches: 4}\n"), "rollout.prompts_per_step=6")
-    assert found[0].startswith("command line: algorithm.num_mini_batches: got 4")
 
 
 def test_missing_file(tmp_path):
@@ -406,7 +212,7 @@ WRONG_REWARDS = {
     "unknown normalisation": ("normalize: yes", 'rewards.0.normalize: got "yes"', "running, batch, group or null"),
     "one limit": ("clip: [1]", "rewards.0.clip: got a list of 1", "[low, high] with low < high"),
     "limits swapped": ("clip: [1, -1]", "rewards.0.clip: got a list of 2", "low < high"),
-    "unknown policy": ("nonfinite: skip", 'rewards.0.nonfinite: got "skip"', "raise, drop, zero"),
+    "unknown policy": ("nonfinite: skip", 'rewards.0.nonfinite: got "skip"', "raise, drop or zero"),
     "no time": ("timeout: 0", "rewards.0.timeout: got 0", "> 0"),
     "the field's Python name": ("as_: x", "rewards.0.as_: got an unknown key", "mean rewards.0.as?"),
 }

@@ -16,9 +16,8 @@ from vlm import oracle
 
 from mmft.batch import Responses
 from mmft.recipe import load_recipe
-from mmft.training.rollout import decode
 from mmft.training.run import run
-from mmft.vlm.generate import generate
+from mmft.vlm.generate import decode, generate
 from mmft.vlm.load import build_policy, load_model
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -129,9 +128,7 @@ def test_a_step_that_teaches_nothing_is_said_once_and_breaks_nothing(tiny_model,
     trainer = trainer_of(tiny_model, tmp_path, equal, critic=critic, kl_coef=0.0, whiten_rewards=True, **options)
     change(trainer, monkeypatch)
     monkeypatch.setattr(stages, "credit", lambda rollout, *args: (credit(rollout, *args), seen.append(rollout)))
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        metrics = [trainer.step(step) for step in (1, 2)]
+    metrics = [trainer.step(step) for step in (1, 2)]
     assert all(np.isfinite(value) for m in metrics for value in m.values()), metrics
     assert all(torch.isfinite(x).all() for x in weights(trainer).values())
     assert all(torch.isfinite(rollout.advantages).all() for rollout in seen) and len(seen) == 2
@@ -139,5 +136,7 @@ def test_a_step_that_teaches_nothing_is_said_once_and_breaks_nothing(tiny_model,
         assert all((rollout.advantages == 0).all() for rollout in seen)
     if change is ends_at_once:
         assert [m["response_length"] for m in metrics] == [1.0, 1.0]
-    (told,) = [str(w.message) for w in said if issubclass(w.category, UserWarning)]
-    assert re.fullmatch(r"all \d+ rewards of a step are equal: it taught nothing \(said once\)", told)
+    told = [
+        alarm for step, numbers in enumerate(metrics * 2, 1) for alarm in trainer.guards.diagnoses.look(step, numbers)
+    ]
+    assert [(alarm.guard, alarm.step) for alarm in told] == [("equal_rewards", 2)]

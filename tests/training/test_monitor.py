@@ -1,12 +1,13 @@
-"""The monitor: metrics.jsonl, TensorBoard, progress, table."""
+"""The monitor: metrics.jsonl, progress, alarms, table, what comes next. Trackers: `test_trackers`."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
-import pytest
-from PIL import Image
 
+from mmft.training.evaluate import Evaluation
+from mmft.training.guards import Alarm
 from mmft.training.monitor import Monitor
 
 
@@ -51,7 +52,8 @@ def test_new_run_starts_a_new_file(tmp_path):
 def test_other_ranks_do_nothing(tmp_path, capsys):
     monitor = Monitor(tmp_path / "run", 1, is_main=False)
     monitor.log(1, {"reward": 1.0})
-    monitor.log_images(1, [Image.new("RGB", (4, 4))], ["a"])
+    monitor.evaluated(1, [], None, Evaluation(["a"], {"reward": np.ones(1)}))
+    monitor.farewell(0)
     monitor.table({"reward": {"mean": 1.0}}, {"reward": {"mean": 2.0}}, {})
     monitor.close()
     assert not (tmp_path / "run").exists()
@@ -65,8 +67,51 @@ def test_plain_lines_away_from_a_terminal(tmp_path, capsys):
     monitor.close()
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 20
-    assert printed[0].startswith("step 5/100  reward 0.500  tokens/s 1234  ") and printed[0].endswith("left")
+    assert printed[0].startswith("step   5/100  reward   0.500  tokens/s   1234  ") and printed[0].endswith("left")
     assert "KL" not in printed[0]
+    assert printed[-1].index("tokens/s") == printed[0].index("tokens/s")  # in columns
+
+
+def test_held_out_scores_on_the_way(tmp_path, capsys):
+    """Of the main metric, beside what it was; those before and after the run stand in the table."""
+    monitor = Monitor(tmp_path, 20, trackers=())
+    before = Evaluation(["a"], {"words": np.array([3.0]), "cider_d": np.array([1.0])})
+    now = Evaluation(["b"], {"words": np.array([4.0]), "cider_d": np.array([1.5])})
+    for step in (0, 10, 20):
+        monitor.evaluated(step, [], before, now)
+    monitor.close()
+    assert capsys.readouterr().out == "step 10/20  held-out CIDEr-D 1.500 (1.000 before training)\n"
+
+
+def test_alarms_are_told_in_one_line_and_kept(tmp_path, capsys):
+    alarm = Alarm("clipped", 7, 0.5, 0.3, "log", "half of [the] tokens are beyond the clip " + "and so on " * 30)
+    monitor = Monitor(tmp_path, 20, trackers=())
+    monitor.alarms([alarm])
+    monitor.farewell(1)
+    monitor.close()
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == f"step 7, clipped: {alarm.text}"
+    assert json.loads((tmp_path / "alarms.jsonl").read_text()) == alarm.as_dict()
+    assert any("1 warning" in line and str(tmp_path / "alarms.jsonl") in line for line in rest)
+
+
+def test_the_farewell_names_commands_that_exist(tmp_path, capsys):
+    from typer.main import get_command
+
+    from mmft.cli import app
+
+    run = tmp_path / "a run"
+    monitor = Monitor(run, 1, trackers=())
+    monitor.farewell(0)
+    monitor.close()
+    printed = capsys.readouterr().out
+    assert f"{run}/report.html" in printed and "warning" not in printed
+    commands = [shlex.split(line.split("mmft ", 1)[1]) for line in printed.splitlines() if "mmft " in line]
+    assert len(commands) >= 4
+    for verb, *arguments in commands:
+        command = get_command(app).commands[verb]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert str(run) in arguments and {a for a in arguments if a.startswith("-")} <= known, verb
 
 
 def test_table(tmp_path, capsys):
@@ -81,25 +126,3 @@ def test_table(tmp_path, capsys):
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == ["CIDEr-D", "2.000", "2.500", "+0.500 [+0.400, +0.600]", "+25.0 %"]
     assert "[b]new" in printed  # not read as markup
-
-
-def test_tensorboard_scalars_and_pictures(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monitor = Monitor(tmp_path, 2, progress=False)
-    monitor.log(1, {"reward": 1.0, "kl": float("nan")})
-    monitor.log(2, {"reward": 2.0})
-    monitor.log_images(2, [Image.new("L", (4, 4))], ["a grey square"])
-    monitor.close()
-    monitor = Monitor(tmp_path, 2, progress=False, resume_step=1)
-    monitor.log(2, {"reward": 5.0})
-    monitor.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 1.0), (2, 5.0)]
-    assert "kl" not in events.Tags()["scalars"]
-
-
-def test_unknown_tracker(tmp_path):
-    with pytest.raises(ValueError, match="'wandb'.*tensorboard"):
-        Monitor(tmp_path, 1, trackers=("wandb",))

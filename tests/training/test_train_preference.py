@@ -58,18 +58,6 @@ def test_the_resolved_copy_is_the_same_recipe(tmp_path):
     assert load_preference_recipe(tmp_path / "copy.yaml") == recipe
 
 
-def test_every_field_is_read():
-    """A key that nobody reads is a promise broken in silence."""
-    files = [ROOT / "mmft" / "training" / f"preference{part}.py" for part in ("", "_pairs")]
-    source = "\n".join(file.read_text() for file in files)
-    owners = {"backbone": "backbone", "head": "head", "loss": r"(?:recipe\.)?loss", "pairs": "pairs", "train": "train"}
-    for section, owner in owners.items():
-        for field in PreferenceRecipe.model_fields[section].annotation.model_fields:
-            named = rf"\b{owner}\.{field}\b"
-            by_name = (section, field) in [("pairs", "train"), ("pairs", "validation"), ("pairs", "test")]
-            assert by_name or re.search(named, source), f"{section}.{field} is read nowhere"
-
-
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

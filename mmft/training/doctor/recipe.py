@@ -1,0 +1,96 @@
+"""What a recipe is going to do, in words, and what it needs that is not there. Loads neither data nor model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from mmft.training.doctor.machine import requirements, unmet
+from mmft.training.doctor.page import Section
+
+ALGORITHMS = {"ppo": "PPO", "a2c": "A2C"}
+TRAINED = {
+    "lora": "LoRA adapters of rank {r}",
+    "hybrid": "LoRA adapters of rank {r} and the connector",
+    "frozen": "the decoder's last {layers} layers",
+    "full": "every weight",
+}
+
+
+def look_at_recipe(section: Section, recipe) -> None:
+    """Says what will be run, and what in the recipe cannot work on this machine."""
+    _words(section, recipe)
+    _extras(section, recipe)
+    _output(section, recipe)
+
+
+def _words(section: Section, recipe) -> None:
+    model, rollout, train = recipe.model, recipe.rollout, recipe.train
+    responses = rollout.prompts_per_step * rollout.num_generations
+    trained = TRAINED[model.tune].format(r=model.lora.r, layers=model.trained_layers)
+    section.numbers |= {"steps": train.steps, "responses": train.steps * responses}
+    if recipe.warm_start is not None:
+        start = recipe.warm_start
+        section.fine(f"first supervised training on the captions: {start.epochs:g} epoch(s), {start.tune}")
+    beside = "a critic beside it" if model.critic == "head" else "no critic: the other responses are the baseline"
+    section.fine(f"{ALGORITHMS[recipe.algorithm.name]} on {model.name}, training {trained}; {beside}")
+    section.fine(
+        f"{train.steps:,} steps of {rollout.prompts_per_step} pictures x {rollout.num_generations} responses: "
+        f"{train.steps * responses:,} responses of at most {rollout.max_completion_length} tokens"
+    )
+    paid = [f"{_weight(r.weight)} x {r.name}" for r in recipe.rewards if r.weight != 0.0]
+    logged = [r.name for r in recipe.rewards if r.weight == 0.0]
+    section.fine(f"the reward is {' + '.join(paid)}" + (f"; {', '.join(logged)} is only logged" if logged else ""))
+    if not paid:
+        section.wrong("every reward has weight 0: nothing is learned", "give one a weight, such as 1.0")
+    every = f", every {recipe.eval.every} steps" if recipe.eval.every else ""
+    section.fine(f"held-out rows are captioned before{every} and after: at most {recipe.eval.rows:,} of each time")
+
+
+def _weight(weight) -> str:
+    return f"{weight:g}" if isinstance(weight, int | float) else "(changing)"
+
+
+def _extras(section: Section, recipe) -> None:
+    """Libraries that single keys need."""
+    optional, wanted = requirements(), {}
+    if recipe.model.quantize:
+        wanted["model.quantize"] = "quant"
+    if recipe.train.optimizer == "adamw_8bit":
+        wanted["train.optimizer"] = "quant"
+    for key, extra in wanted.items():
+        for said in unmet(optional.get(extra, [])):
+            section.wrong(f"{key}: {said}", f"pip install 'mmft[{extra}]'")
+    for tracker in recipe.output.trackers:
+        if tracker != "ledger" and importlib.util.find_spec(tracker) is None:
+            section.wrong(f"output.trackers: {tracker} is not installed", f"pip install {tracker}")
+    if recipe.rollout.engine == "vllm" and recipe.rollout.vllm.url is None and importlib.util.find_spec("vllm") is None:
+        section.wrong("rollout.engine: vllm is not installed", "see docs/generation.md")
+
+
+def _output(section: Section, recipe) -> None:
+    folder = Path(recipe.output.dir)
+    if (folder / "summary.json").is_file() or (folder / "metrics.jsonl").is_file():
+        ended = "finished" if (folder / "summary.json").is_file() else "unfinished"
+        section.warn(
+            f"{folder} holds {_steps(folder)} of an earlier, {ended} run; a new run there writes over it",
+            "take another output.dir, or go on with it by --resume",
+        )
+    else:
+        section.fine(f"results go to {folder}")
+    if recipe.output.push_to_hub:
+        from huggingface_hub import get_token
+
+        kind = "privately" if recipe.output.private else "publicly"
+        section.fine(f"the result is published {kind} as {recipe.output.push_to_hub}")
+        if get_token() is None:
+            section.wrong("output.push_to_hub: nobody is logged in to the Hub", "hf auth login, or HF_TOKEN")
+
+
+def _steps(folder: Path) -> str:
+    try:
+        last = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        return f"{json.loads(last)['step']} steps"
+    except (OSError, ValueError, KeyError, IndexError):
+        return "the files"
