@@ -39,7 +39,7 @@ bench: $(VENV)/.installed-dev
 	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(PY) $$file; done
 
 # The documentation as a site, into site/; a warning is an error.
-docs: $(VENV)/.installed-dev
+docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 	@echo "Open site/index.html, or for the search: $(PY) -m http.server --directory site"
 
@@ -56,6 +56,10 @@ $(PY):
 $(VENV)/.installed: pyproject.toml constraints.txt | $(PY)
 	@echo 'Installing into $(VENV): a minute or two.'
 	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # torchvision without its dependencies: it must not pull in another torch (see tests/torchvision_shim.py).

@@ -57,14 +57,16 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         ):
             return link[0]
         if not target.endswith(".md"):
-            anchor = re.sub(r"#L(\d+).*", r"#__codelineno-0-\1", anchor)  # the anchor of a line of code
+            anchor = re.sub(r"#L(\d+).*", r"#__codelineno-0-\1", line_of(target, anchor))  # of a line of code
         return os.path.relpath(as_page(target), os.path.dirname(uri)) + anchor
 
     return LINK.sub(there, markdown)
 
 
-def on_page_content(page_html: str, **_: object) -> str:
-    """Formulas as MathML."""
+def on_page_content(page_html: str, page: Page, **_: object) -> str:
+    """Formulas as MathML; and lines of code count as anchors, so that links to them are checked."""
+    if page.present_anchor_ids is not None:
+        page.present_anchor_ids |= set(re.findall(r'id="(__codelineno-0-\d+)"', page_html))
 
     def drawn(formula: re.Match[str]) -> str:
         return convert(html.unescape(formula[3]), display="inline" if formula[2] == "(" else "block")
@@ -75,6 +77,14 @@ def on_page_content(page_html: str, **_: object) -> str:
 def resolve(place: str, link: str) -> str:
     """A link's target as a path from the root of the repository; `place` is the page's own."""
     return os.path.normpath(os.path.join(os.path.dirname(place), link))
+
+
+def line_of(target: str, anchor: str) -> str:
+    """The anchor, and #L12 for one that is the name of a function or class of the file: lines move, names stay."""
+    name = anchor.removeprefix("#").rpartition(".")[2]
+    text = (ROOT / target).read_text("utf-8") if name and target.endswith(".py") else ""
+    found = re.search(rf"^ *(?:def|class) {name}\b", text, re.MULTILINE) if name else None
+    return anchor if found is None else f"#L{text.count(chr(10), 0, found.start()) + 1}"
 
 
 def targets(place: str) -> Iterator[str]:

@@ -102,8 +102,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         return end.code if isinstance(end.code, int) else FINE if end.code is None else WRONG_INPUT
     except BrokenPipeError:
         raise
-    except KeyboardInterrupt:
-        return interrupts.CODE
     except RecipeError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return WRONG_INPUT

@@ -75,18 +75,22 @@ def check(
       mmft doctor recipes/caption_ppo.yaml
       mmft doctor recipes/caption_ppo.yaml train.steps=20 --quick --json doctor.json
     """
-    read = load_recipe(recipe, overrides) if recipe is not None else None
-    if read is None:
-        following = "mmft doctor recipes/caption_ppo.yaml"
-    else:
-        following = shlex.join(["accelerate", "launch", "recipes/caption_ppo.py", str(recipe), *(overrides or [])])
+    if recipe is not None and "=" in recipe.name and not recipe.exists():
+        raise ValueError(f"{recipe} changes a recipe; expected the recipe before it: mmft doctor RECIPE.yaml {recipe}")
+    read, following = None, "mmft doctor recipes/caption_ppo.yaml"
+    if recipe is not None:
+        read = load_recipe(recipe, overrides)
+        own = recipe.with_suffix(".py")
+        script = own if own.is_file() else f"recipes/caption_{read.algorithm.name}.py"
+        following = shlex.join(["accelerate", "launch", str(script), str(recipe), *(overrides or [])])
+    _prepare(file)
     # What libraries print while they are loaded is no part of the page.
     with progress(None, "loading the libraries") as advance, redirect_stdout(io.StringIO()):
         from mmft.training.doctor import examine  # torch and transformers: only once the recipe is sound
 
         page = examine(read, following, quick, lambda title: advance(0, f"looking at: {title.lower()}"))
     if file:
-        file.write_text(json.dumps(page.as_dict(), indent=1, default=str))
+        file.write_text(json.dumps(page.as_dict(), indent=1, default=str), encoding="utf-8")
     shown = (sys.stdout.encoding or "ascii").lower().replace("-", "")
     print(page.text(colour=_coloured(), plain=not shown.startswith("utf")))
     raise typer.Exit(0 if page.fine else 1)
@@ -111,6 +115,7 @@ def rewards(
     read = load_recipe(recipe, overrides)
     from mmft.training.doctor import doctor_rewards  # torch and transformers: only once the recipe is sound
 
+    _prepare(file)
     report = doctor_rewards(read, rows)
     _show(report, not report.flagged, file)
 
@@ -134,8 +139,15 @@ def memory(
     read = load_recipe(recipe, overrides)
     from mmft.training.memory import plan_memory
 
+    _prepare(file)
     plan = plan_memory(read, ranks, zero, device_gib, rows)
     _show(plan, plan.fits, file)
+
+
+def _prepare(file: Path | None) -> None:
+    """Makes the folder of a file that is to be written: where that fails, it does so before the work."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _show(found: Any, fine: bool, file: Path | None) -> None:

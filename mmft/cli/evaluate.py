@@ -19,6 +19,9 @@ def evaluate(
     references: Annotated[
         Path | None, typer.Option(metavar="FILE", help="COCO captions, for a file of predictions")
     ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="pictures without references, to send the captions in")
+    ] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="else all that can be computed here; docs/evaluation.md")
     ] = None,
@@ -76,6 +79,7 @@ def evaluate(
         split=split,
         rows=rows,
         references=references,
+        pictures_in=pictures,
         metrics=None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()],
         against=against,
         slice_by=slice_by or (),
@@ -83,11 +87,12 @@ def evaluate(
         clip=clip,
         objects=objects,
         allow_missing=allow_missing,
+        output=output or usual_folder,
         progress=progress,
         **{name: value for name, value in writing.items() if value is not None},
     )
     print(found.table())
-    if folder := output or usual_folder(source, found):
-        print(f"\nwritten to {found.save(folder)}")
+    if found.folder:
+        print(f"\nwritten to {found.folder}")
     if file:
         file.write_text(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +28,10 @@ def merge(
       mmft merge runs/caption_ppo merged
       mmft merge runs/caption_ppo merged_small --dtype bfloat16
     """
+    import torch
+
+    # DeepSpeed, which transformers loads when it saves, would else say on the terminal that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from mmft.inference.merge import TOLERANCE
     from mmft.inference.merge import merge as fold
 
@@ -35,8 +40,8 @@ def merge(
     print(f"{made.folder}: {size / 1e6:,.1f} MB, {made.dtype}")
     print(
         f"loaded again: {made.same} of {made.captions} greedy captions are the same; log-probs differ by at most "
-        f"{made.difference:.1e} nats (allowed {TOLERANCE[made.dtype]:g}; the adapter itself changed them by up to "
-        f"{made.changed:.1e})"
+        f"{made.difference:.1g} nats (allowed {TOLERANCE[made.dtype]:g}; the adapter itself changed them by up to "
+        f"{made.changed:.2g})"
     )
     for note in made.notes:
         print(note)

@@ -17,8 +17,10 @@ Output = Annotated[Path | None, typer.Option(metavar="FILE", help="write there i
 
 @app.command()
 def show(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="key.sub=value", show_default=False)] = None,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="of either kind", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key.sub=value", help="changes to the recipe", show_default=False)
+    ] = None,
 ) -> None:
     """Prints a recipe with every default filled in, and where each value came from.
 
@@ -32,7 +34,9 @@ def show(
 
 
 @app.command()
-def check(recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE.yaml…", show_default=False)]) -> None:
+def check(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE.yaml…", help="of either kind", show_default=False)],
+) -> None:
     """Finds every mistake of some recipes; exit code 2 if there is one.
 
     Examples:

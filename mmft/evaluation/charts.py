@@ -46,7 +46,8 @@ def charts(metrics: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> l
         *(draw(metric_info(k).label, [("mean", of[k])], "Part of the reward.")
           for k in keys if k.startswith("reward/")),
         _shares(of),
-        *_held_out(metrics, scores, keys),
+        *(draw(f"Held-out: {metric_info(name).label}", [("mean", points)], marked=True)
+          for name, points in held_out(metrics, scores).items()),
         *(draw(title, [(label, of.get(key, []))], note, floor=floor)
           for title, key, label, note, floor in SINGLE if key not in _IF_VARIED or varies(of.get(key))),
         draw("Losses", [("policy", of.get("policy_loss", [])), ("value", of.get("value_loss", []))]),
@@ -62,25 +63,22 @@ def _shares(of: Mapping[str, Points]) -> Chart | None:
     return curves.chart("Which part moves the reward", lines, "Share of the spread.") if len(lines) > 1 else None
 
 
-def _held_out(
-    metrics: Sequence[Mapping[str, Any]], scores: Mapping[str, Any], keys: Sequence[str]
-) -> list[Chart | None]:
-    """eval/<metric> over steps, between the scores before and after."""
-    out = []
-    last = max((row["step"] for row in metrics), default=0)
-    for key in keys:
-        if key.startswith("eval/") and key != _TOTAL:
-            name = "attribute_accuracy" if key == _TRUE else key.removeprefix("eval/")
-            points = series(metrics, key)
-            if key == _TRUE:  # of all claims, not the mean of each caption's share
-                totals = dict(series(metrics, _TOTAL))
-                points = [(x, y / totals[x]) for x, y in points if totals.get(x)]
-            ends = [(scores[side].get(name) or {}).get("mean") for side in ("before", "after")]
-            start = [(0.0, ends[0])] if is_number(ends[0]) and points else []
-            finish = [(float(last), ends[1])] if is_number(ends[1]) and points and points[-1][0] < last else []
-            label = f"Held-out: {metric_info(name).label}"
-            out.append(curves.chart(label, [("mean", start + points + finish)], marked=True))
-    return out
+def held_out(metrics: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> dict[str, Points]:
+    """Metric -> its evaluations over steps, between the scores before and after."""
+    found = {}
+    last = float(max((row["step"] for row in metrics), default=0))
+    for key in dict.fromkeys(key for row in metrics for key in row):
+        if not key.startswith("eval/") or key == _TOTAL:
+            continue
+        name, points = key.removeprefix("eval/"), series(metrics, key)
+        if key == _TRUE:  # of all claims, not the mean of each caption's share
+            totals, name = dict(series(metrics, _TOTAL)), "attribute_accuracy"
+            points = [(x, y / totals[x]) for x, y in points if totals.get(x)]
+        before, after = ((scores[side].get(name) or {}).get("mean") for side in ("before", "after"))
+        start = [(0.0, before)] if is_number(before) and points else []
+        finish = [(last, after)] if is_number(after) and points and points[-1][0] < last else []
+        found[name] = start + points + finish
+    return found
 
 
 def varies(points: Points | None) -> bool:

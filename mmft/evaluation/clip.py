@@ -27,15 +27,15 @@ def clip_score(given: Captioned, scores: Scores) -> None:
     clip = Clip(given.clip)
     captions = clip.texts(given.captions)
     pictures = clip.pictures(given.picture, len(given.captions))
-    similar = _SCALE * np.maximum(0.0, (pictures * captions).sum(-1))
-    flat = clip.texts([reference for references in given.references for reference in references])
-    ends = np.cumsum([len(references) for references in given.references])[:-1]
-    nearest = np.array(
-        [max(0.0, (own @ refs.T).max()) for own, refs in zip(captions, np.split(flat, ends), strict=True)]
-    )
-    with np.errstate(invalid="ignore"):
-        both = np.nan_to_num(2 * similar * nearest / (similar + nearest))
-    for name, values in (("clip_score", similar), ("ref_clip_score", both)):
+    found = {"clip_score": _SCALE * np.maximum(0.0, (pictures * captions).sum(-1))}
+    if all(given.references):
+        flat = clip.texts([reference for references in given.references for reference in references])
+        ends = np.cumsum([len(references) for references in given.references])[:-1]
+        nearest = [max(0.0, (own @ refs.T).max()) for own, refs in zip(captions, np.split(flat, ends), strict=True)]
+        with np.errstate(invalid="ignore"):
+            both = 2 * found["clip_score"] * nearest / (found["clip_score"] + nearest)
+        found["ref_clip_score"] = np.nan_to_num(both)
+    for name, values in found.items():
         scores.rows[name] = values.astype(np.float64)
         scores.sums[name] = statistics.mean(values)
         scores.signatures[name] = f"{name}|model:{Path(given.clip).name}|prefix:{_PREFIX!r}|scale:{_SCALE}|version:1"

@@ -7,15 +7,15 @@ Differences are to the first run, paired over the held-out pictures that both we
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmft.evaluation import captioning, curves, findings
 from mmft.evaluation.captioning import metric_info
-from mmft.evaluation.charts import SINGLE
-from mmft.evaluation.curves import Chart, is_number, series
+from mmft.evaluation.charts import SINGLE, held_out
+from mmft.evaluation.curves import Chart, Points, is_number, series
 from mmft.evaluation.findings import Finding
 from mmft.evaluation.gallery import (
     PICTURE_BYTES,
@@ -235,27 +235,26 @@ def _value(value: Any) -> str:
 
 def overlaid(comparison: Comparison) -> list[Chart]:
     """Curves with a line per run, in the run's colour."""
-    named = list(zip(comparison.names, comparison.runs, strict=True))
-    keys = dict.fromkeys(key for run in comparison.runs for row in run.metrics for key in row)
-    titles = {"reward": "Reward"}
-    held_out = [k for k in keys if k.startswith("eval/") and "attribute_" not in k]
-    titles |= {k: f"Held-out: {metric_info(k.removeprefix('eval/')).label}" for k in held_out}
-    titles |= {k: metric_info(k).label for k in keys if k.startswith("reward/")}
+    runs = comparison.runs
+    evaluated = [held_out(run.metrics, scores_of_run(run)) for run in runs]
+    keys = dict.fromkeys(key for run in runs for row in run.metrics for key in row)
+    titles = {"reward": "Reward"} | {key: metric_info(key).label for key in keys if key.startswith("reward/")}
     titles |= {key: title for title, key, *_ in SINGLE if key not in ("kl_coef", "learning_rate")}
-    notes, floors = {key: note for _, key, _, note, _ in SINGLE}, {key: floor for *_, key, _, _, floor in SINGLE}
-    return [
-        chart
-        for key, title in titles.items()
-        if (
-            chart := curves.chart(
-                title,
-                [(name, series(run.metrics, key)) for name, run in named],
-                notes.get(key, ""),
-                floor=floors.get(key),
-                marked=key.startswith("eval/"),
-            )
-        )
+    notes, floors = {key: note for _, key, _, note, _ in SINGLE}, {key: floor for _, key, _, _, floor in SINGLE}
+
+    def overlay(title: str, lines: Iterable[Points], *note: str, **options: Any) -> Chart | None:
+        return curves.chart(title, list(zip(comparison.names, lines, strict=True)), *note, **options)
+
+    names = dict.fromkeys(name for found in evaluated for name in found)
+    drawn = [
+        overlay(f"Held-out: {metric_info(name).label}", [found.get(name, []) for found in evaluated], marked=True)
+        for name in names
     ]
+    drawn += [
+        overlay(title, [series(run.metrics, key) for run in runs], notes.get(key, ""), floor=floors.get(key))
+        for key, title in titles.items()
+    ]
+    return [chart for chart in drawn if chart]
 
 
 def _cards(comparison: Comparison, main: str | None) -> list[tuple[str, list[Card]]]:

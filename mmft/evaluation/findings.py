@@ -39,14 +39,17 @@ def main_metric(names: Sequence[str]) -> str | None:
     return next((name for name in MAIN_METRICS if name in names), names[0] if names else None)
 
 
-def headline(summary: Mapping[str, Any], step: int | None = None) -> Finding:
+def headline(summary: Mapping[str, Any], step: int | None = None, finished: bool = False) -> Finding:
     """Did it get better, by how much, how sure is that.
 
     Args:
         step: of a run that goes on, the step of the newest evaluation.
+        finished: there will be no further evaluation.
     """
     before, after = summary.get("before") or {}, summary.get("after") or {}
     name = main_metric([name for name in before if name in after])
+    if name is None and finished:
+        return Finding("open", "Nobody knows whether it got better: the run had no held-out pictures to be scored on.")
     if name is None:
         return Finding("open", "The run has no held-out result yet; what follows shows the training so far.")
     info, old, new = metric_info(name), before[name].get("mean"), after[name].get("mean")
@@ -151,7 +154,7 @@ def _cheating(checks: Sequence[Finding], alarms: Sequence[Mapping[str, Any]]) ->
         return Answer(question, "bad", text, "checks")
     if not judged:
         return Answer(question, "open", f"Not looked at: the metrics it takes were not computed.{warned}", "pictures")
-    text = f"No sign of it: all {len(judged)} checks passed.{warned}"
+    text = f"No sign of it: {len(judged)} of {len(judged)} checks passed.{warned}"
     return Answer(question, "open" if told else "good", text, "checks")
 
 
@@ -226,7 +229,7 @@ def warnings(alarms: Sequence[Mapping[str, Any]]) -> list[Finding]:
         steps = ", ".join(str(a.get("step")) for a in said[1:6]) + (" …" if len(said) > 6 else "")
         again = f" Again at step {steps} ({len(said)} times in all)." if len(said) > 1 else ""
         text = str(said[0].get("text", "")).rstrip(".")
-        found.append(Finding("bad", f"Guard {name} at step {said[0].get('step')}: {text}{end}.{again}", name))
+        found.append(Finding("bad", f"Step {said[0].get('step')}, {name}: {text}{end}.{again}", name))
     return found
 
 

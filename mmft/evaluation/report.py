@@ -43,7 +43,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 def headline_of(run_dir: str | os.PathLike[str]) -> findings.Finding:
     """The report's sentence on a run: did it get better, by how much, how sure is that."""
     run = read_run_files(run_dir)
-    return findings.headline(scores_of_run(run), None if run.finished else run.shown_step)
+    return findings.headline(scores_of_run(run), None if run.finished else run.shown_step, run.finished)
 
 
 def write_page(path: Path, template: str, **contents: Any) -> None:
@@ -85,7 +85,7 @@ def _contents(run: RunFiles) -> dict[str, Any]:
     return {
         "title": run.name,
         "state": _state(run),
-        "headline": findings.headline(scores, step),
+        "headline": findings.headline(scores, step, run.finished),
         "short": findings.in_short(scores, checks, run.alarms, groups, moved, step),
         "warnings": findings.warnings(run.alarms),
         "checks": checks,

@@ -17,6 +17,7 @@ from reward_models.metrics.text import simple
 from reward_models.terms import TERMS
 from reward_models.terms.vocabulary import Vocabulary
 
+_WITHOUT_REFERENCES = ("claims", "clip", "diversity", "form")
 _OBJECTS = 20  # a vocabulary of fewer objects says too little
 
 
@@ -43,6 +44,8 @@ def score(
     scores = Scores()
     for name in chosen:
         try:
+            if name not in _WITHOUT_REFERENCES and not all(given.references):
+                raise ValueError("needs references, and there are none")
             SUITE[name](given, scores)
         except ValueError as reason:
             if metrics is not None:

@@ -18,6 +18,7 @@ from mmft.recipe import load_recipe
 from mmft.vlm.model_files import check_model
 
 WAITS = (2.0, 8.0)  # seconds between whole attempts; the Hub's client repeats most single requests by itself
+_MESSAGE = "Publish a run of mmft"
 _T = TypeVar("_T")
 
 
@@ -59,7 +60,12 @@ def push(
     with tempfile.TemporaryDirectory(prefix="mmft-push-") as folder:
         files = make_folder(run_folder, folder, repository, **options)
         print("\n".join(sizes(Path(folder), files)), flush=True)
-        return _persistent(lambda: _commit(Path(folder), files, repository, private), repository)
+        return upload(Path(folder), files, repository, private)
+
+
+def upload(folder: Path, files: list[Path], repository: str, private: bool, message: str = _MESSAGE) -> str:
+    """One commit with the folder's files, as `push` makes it; the address of the commit. Errors as there."""
+    return _persistent(lambda: _commit(folder, files, repository, private, message), repository)
 
 
 def pull(repository: str, folder: str | Path, revision: str | None = None) -> str:
@@ -107,7 +113,7 @@ def pull(repository: str, folder: str | Path, revision: str | None = None) -> st
     return loading_code("", "model", str(folder))
 
 
-def _commit(folder: Path, files: list[Path], repository: str, private: bool) -> str:
+def _commit(folder: Path, files: list[Path], repository: str, private: bool, message: str) -> str:
     """One commit with the files, and without those of an earlier push that are no longer made."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
@@ -124,7 +130,7 @@ def _commit(folder: Path, files: list[Path], repository: str, private: bool) -> 
     stale = [name for name in api.list_repo_files(repository) if ALLOWED.fullmatch(name) and name not in names]
     operations = [CommitOperationAdd(name, folder / name) for name in names]
     operations += [CommitOperationDelete(name) for name in stale]
-    return api.create_commit(repository, operations, commit_message="Publish a run of mmft").commit_url
+    return api.create_commit(repository, operations, commit_message=message).commit_url
 
 
 def _persistent(action: Callable[[], _T], repository: str) -> _T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,6 +88,21 @@ def from_file(path: str | Path) -> Pictures:
     ids = list(references)
     extra = [{key: value for key, value in images.get(name, {}).items() if key != "id"} for name in ids]
     return Pictures(Path(path).name, ids, ids, list(references.values()), extra=extra)
+
+
+def from_folder(folder: str | Path, open_rows: Callable[[list[Path]], Any], limit: int | None = None) -> Pictures:
+    """The pictures of a folder, without references.
+
+    Args:
+        open_rows: `Captioner.rows`.
+    """
+    root = Path(folder).expanduser()
+    files = sorted(root.iterdir()) if root.is_dir() else []
+    files = [file for file in files if (mimetypes.guess_type(file.name)[0] or "").startswith("image/")][:limit]
+    if not files:
+        raise ValueError(f"{folder} is no folder with pictures; expected files such as .jpg and .png in it")
+    names = [file.name for file in files]
+    return Pictures(str(folder), image_ids(names, [None] * len(names)), names, [[] for _ in names], open_rows(files))
 
 
 def from_rows(rows: Any, name: str) -> Pictures:

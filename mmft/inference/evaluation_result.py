@@ -18,7 +18,7 @@ from mmft.evaluation.coco_files import write_predictions, write_references
 from mmft.evaluation.scores import Captioned, Scores, differences, slices
 
 _LIBRARIES = ("mmft", "numpy", "torch", "transformers", "peft", "pycocoevalcap")
-_WORTH_SAYING = ("meteor", "spice", "objects")  # of what was left out; the rest was not asked for
+_NEED_JAVA = ("meteor", "spice")  # what else was left out belongs to other data, or to options
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Evaluation:
         difference: metric -> source minus other: {"mean", "low", "high", "relative", "p", "p_holm"}.
         groups: column -> value -> places of the pictures.
         slices: column -> value -> see `mmft.evaluation.scores.slices`.
+        folder: where it was saved.
     """
 
     settings: dict[str, Any]
@@ -51,6 +52,7 @@ class Evaluation:
     others: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
     slices: dict[str, Any] = field(init=False)
+    folder: Path | None = None
 
     def __post_init__(self, groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         self.scores = self.side.scores.summary()
@@ -90,7 +92,9 @@ class Evaluation:
 
     def _notes(self) -> list[str]:
         left_out = self.side.scores.left_out
-        notes = [f"left out: {left_out[name]}" for name in _WORTH_SAYING if name in left_out]
+        notes = [
+            f"left out: {left_out[name]}" for name in _NEED_JAVA if name in left_out and any(self.side.given.references)
+        ]
         if "reward" in self.settings:
             notes.append(
                 "note: a reward chose among several captions. Where it reads the references, as CIDEr-D does, these "
@@ -104,10 +108,11 @@ class Evaluation:
         """``predictions.json`` and ``references.json`` as COCO has them, ``scores.json``, ``per_image.jsonl``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "scores.json").unlink(missing_ok=True)  # written last: where it is, the others belong to it
+        (folder / "scores.json").unlink(missing_ok=True)  # comes last: where it is, the others belong to it
         given = self.side.given
         write_predictions(folder / "predictions.json", given.ids, given.captions)
-        write_references(folder / "references.json", given.ids, given.references)
+        if any(given.references):
+            write_references(folder / "references.json", given.ids, given.references)
         if self.other is not None:
             write_predictions(folder / "predictions_against.json", given.ids, self.other.given.captions)
         with (folder / "per_image.jsonl").open("w", encoding="utf-8") as file:

@@ -40,8 +40,15 @@ _OPTIMIZERS = {
     "adamw_8bit": ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"),
     "sgd": ("sgd",),
 }
-# Left to themselves, these decide how a run goes, and are not what they are in TRL.
-_TELLING = ("max_steps", "learning_rate", "max_completion_length", "prompts_per_step", "kl_coef", "num_ppo_epochs")
+# Left to themselves, these decide how a run goes, and are not what they are in `GRPOConfig`, which is said here.
+_DEFAULTS = {
+    "max_steps": "3 passes",
+    "learning_rate": 1e-6,
+    "max_completion_length": 512,
+    "prompts_per_step": 1,
+    "kl_coef": 0.0,
+    "num_ppo_epochs": 1,
+}
 
 
 def takes_trl_names(cls: _C) -> _C:
@@ -267,16 +274,8 @@ def _steps(theirs: dict, found: dict, put: Callable) -> None:
 
 def _left_to_us(config: Any, found: dict[str, Any]) -> list[str]:
     """What the script left to TRL's defaults, where ours are others."""
-    theirs = {
-        "max_steps": "3 passes",
-        "learning_rate": 1e-6,
-        "max_completion_length": 512,
-        "prompts_per_step": 1,
-        "kl_coef": 0.0,
-        "num_ppo_epochs": 1,
-    }
-    left = [name for name in _TELLING if name not in found and not (name == "max_steps" and config.num_train_epochs)]
-    left = [f"{name}={getattr(config, name)} (GRPOConfig: {theirs[name]})" for name in left]
+    left = [name for name in _DEFAULTS if name not in found and not (name == "max_steps" and config.num_train_epochs)]
+    left = [f"{name}={getattr(config, name)} (GRPOConfig: {_DEFAULTS[name]})" for name in left]
     return [f"not said, and other defaults than TRL's: {', '.join(left)}"] if left else []
 
 
@@ -285,7 +284,7 @@ def settled(config: Any, rows: int) -> Any:
     changed: dict[str, Any] = {}
     steps = config.max_steps
     if config.num_train_epochs is not None:
-        steps = max(1, math.ceil(config.num_train_epochs * max(1, -(-rows // config.prompts_per_step))))
+        steps = max(1, math.ceil(config.num_train_epochs * max(1, rows // config.prompts_per_step)))
         changed |= {"max_steps": steps, "num_train_epochs": None}
     for name in ("save_steps", "eval_steps", "warmup_steps"):
         share = getattr(config, name)

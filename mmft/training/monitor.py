@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mmft.evaluation.captioning import metric_info
-from mmft.evaluation.findings import main_metric
+from mmft.evaluation.findings import headline, main_metric
 from mmft.training.guards import Alarm
 from mmft.training.trackers import LEDGER, check_trackers, open_trackers, samples_of
 
@@ -91,6 +91,10 @@ class Monitor:
         if services := [name for name in trackers if name != LEDGER]:
             self._trackers = open_trackers(services, run_dir, options or {}, done)
         self._began, self._done_at_start = time.monotonic(), done
+        if progress:
+            start = f"going on after step {done} of {total_steps}" if done else f"{total_steps} steps"
+            curves = f", tensorboard --logdir {shlex.quote(str(run_dir))}" if "tensorboard" in trackers else ""
+            self._line(f"{start}; look on: {run_dir / 'report.html'}{curves}")
         if progress and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
@@ -157,7 +161,7 @@ class Monitor:
     def say(self, text: str) -> None:
         """One line that should not be missed."""
         if self.is_main:
-            self.console.print(text, style="yellow", markup=False, emoji=False, highlight=False, soft_wrap=True)
+            self._line(text, "yellow")
 
     def evaluated(self, step: int, dataset: Any, before: Evaluation | None, now: Evaluation | None) -> None:
         """Shows an evaluation: its main metric on the screen; pictures, captions and all metrics in the trackers.
@@ -204,13 +208,14 @@ class Monitor:
             share = "–" if relative is None or not math.isfinite(relative) else f"{100 * relative:+.1f} %"
             table.add_row(escape(info.label), *cells, difference_text, share.replace("-", "−"), style=verdict)
         self.console.print(table)
+        if before and after:
+            self._line(headline({"before": before, "after": after, "difference": difference}).text)
         for name, text in (signatures or {}).items():
-            self.console.print(
-                f"{name}: {text}", style="dim", markup=False, emoji=False, highlight=False, soft_wrap=True
-            )
+            self._line(f"{name}: {text}", "dim")
 
     def farewell(self, alarms: int) -> None:
-        """What to look at next."""
+        """Closes, and says what to look at next."""
+        self.close()  # trackers have last words of their own
         if not self.is_main:
             return
         run = shlex.quote(str(self.run_dir))
@@ -248,8 +253,9 @@ class Monitor:
                 self._trackers.remove(tracker)
                 self.say(f"{tracker.name} is left out from here on: {problem}; metrics.jsonl has all numbers")
 
-    def _line(self, text: str) -> None:
-        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    def _line(self, text: str, style: str = "") -> None:
+        """One line as it is, however long: a log file is searched by lines."""
+        self.console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def _place(self, step: int) -> str:
         return f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"

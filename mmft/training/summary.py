@@ -95,7 +95,7 @@ class LiveReport:
 
     def __init__(self, run_dir: Path, dataset, increments: Mapping[str, Increments] | None = None):
         self.run_dir, self.dataset, self.increments = run_dir, dataset, dict(increments or {})
-        self.seconds = 0.0  # spent here so far
+        self.seconds, self._usual = 0.0, 0.0  # spent here so far, and by the last report
         self._pictures: dict[int, str | None] = {}  # saved by this process; what lies there may be another run's
         self._began = time.perf_counter()
         self._unseen: tuple[Evaluation, Evaluation | None, int] | None = None
@@ -112,17 +112,18 @@ class LiveReport:
         start = time.perf_counter()
         if before is not None and (now is not None or step == 0):
             self._unseen = before, now, step
-        if not needed and self.seconds > _SHARE * (start - self._began):
+        if not needed and self.seconds + self._usual > _SHARE * (start - self._began):
             return None
         try:
             if self._unseen is not None:
                 self._write_samples(*self._unseen)
                 self._unseen = None
             write_report(self.run_dir)
-        except (OSError, ValueError) as error:
-            return f"no report: {error}"
+        except Exception as error:  # a full disk, a row that cannot be opened: nothing here is worth the run
+            return f"no report: {type(error).__name__}: {error}"
         finally:
-            self.seconds += time.perf_counter() - start
+            self._usual = time.perf_counter() - start
+            self.seconds += self._usual
         return None
 
     def finish(self, step: int | None, before: Evaluation | None, after: Evaluation | None) -> None:

@@ -208,7 +208,8 @@ class PPOTrainer:
             main,
             self.config.report_to,
             resume_step=done or None,
-            options=asdict(self.config) | {"model": self.policy.model.config._name_or_path} | self.signatures(),
+            options=asdict(self.config)
+            | {"model": self.policy.model.config._name_or_path, "rewards": self.signatures()},
         )
         self._draws = monitor.wants_distributions
         if aside:
@@ -387,7 +388,7 @@ class PPOTrainer:
     def push_to_hub(
         self, commit_message: str = "End of training", repository: str | None = None, private: bool | None = None, **_
     ) -> str | None:
-        """Uploads adapter, value head and processor; `mmft push` publishes the run of a recipe with its model card."""
+        """Publishes the run with its model card, or what `save_model` saves; see `mmft.training.saving`."""
         return saving.push_to_hub(self, repository, commit_message, private)
 
     def checkpoints_of(self, run_dir: Path) -> Checkpoints:

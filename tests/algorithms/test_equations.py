@@ -71,7 +71,8 @@ def test_every_cited_work_is_in_the_references():
 def test_an_algorithm_page_points_at_code_that_is_there(page):
     text = page.read_text(encoding="utf-8")
     places = re.findall(r"`([\w/]+\.py)::([\w.]+)`", text)
-    assert len(places) >= 3
+    linked = re.findall(r"\[`([\w/]+\.py)::([\w.]+)`\]\(\.\./\.\./\1#\2\)", text)
+    assert len(places) >= 3 and linked == places, set(places) - set(linked)
     for file, name in places:
         source = (ROOT / file).read_text(encoding="utf-8")
         for part in name.split("."):

@@ -9,7 +9,6 @@ import json
 import math
 from collections import Counter
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from PIL import Image
 from torch import nn
 
 from mmft.algorithms.losses import a2c_policy_loss
-from mmft.evaluation.statistics import holm, mean, paired_permutation
 from mmft.training.config import PPOConfig
 from mmft.training.distributed import gradient_norm
 from mmft.training.schedule import learning_rate_factor
@@ -59,7 +57,7 @@ def test_log_probability_is_the_tempered_softmax(temperature, softcap):
 
 def test_value_head_is_linear_and_starts_at_zero():
     head, hidden = ValueHead(5), torch.randn(3, 4, 5, generator=stream())
-    assert float(head(hidden).abs().max()) == 0.0
+    assert float(head(hidden).detach().abs().max()) == 0.0
     with torch.no_grad():
         head.weight.copy_(torch.arange(5.0)[None])
         head.bias.fill_(2.0)
@@ -276,24 +274,3 @@ def test_ratings_are_learned_by_squared_error(tmp_path):
     expected = np.mean(((got - numbers) / np.std(numbers)) ** 2)
     found = json.loads((tmp_path / "preference.json").read_text())["metrics"]["train_loss"]
     assert found == pytest.approx(expected, rel=1e-3)
-
-
-# ---- evaluation
-
-
-def test_permutation_counts_all_swaps():
-    before, after = np.array([1.0, 2.0, 3.0, 5.0]), np.array([2.0, 2.5, 2.0, 9.0])
-    gains = after - before
-    seen = abs(gains.mean())
-    swaps = [abs(np.mean(gains * signs)) >= seen - 1e-12 for signs in product((1, -1), repeat=4)]
-    found = paired_permutation({"x": mean(before)}, {"x": mean(after)})["x"]
-    assert found == pytest.approx(sum(swaps) / 16)
-    many = SimpleNamespace(before=np.zeros(40), after=np.ones(40))
-    found = paired_permutation({"x": mean(many.before)}, {"x": mean(many.after)}, resamples=99)["x"]
-    assert found == pytest.approx(1 / 100), "what was seen counts among the outcomes"
-
-
-def test_holm_by_hand():
-    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": float("nan")})
-    assert [found[name] for name in "abc"] == pytest.approx([0.03, 0.06, 0.06])
-    assert math.isnan(found["d"])

@@ -20,4 +20,4 @@ def test_the_report_of_200_steps_is_small_and_whole(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["bytes"] <= 5_000_000 and found["pictures_shown"] == found["pictures"] >= 24
     assert found["console_messages"] == found["requests"] == [] and found["pixels_beyond_the_screen"] == 0
-    assert found["report_seconds"] < 0.015 * found["run_seconds"] + 1  # a hundredth, and the one that went over
+    assert found["report_seconds"] < 0.01 * found["run_seconds"] + 1  # the first report is there whatever it takes

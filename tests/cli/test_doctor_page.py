@@ -81,6 +81,7 @@ def test_everything_wrong_is_said_at_once(tmp_path, capsys, monkeypatch):
     (folder / "images" / "4.png").write_bytes(b"<html>no picture</html>")
     (folder / "images" / "6.png").write_bytes((folder / "images" / "1.png").read_bytes())
     (folder / "images" / "2.png").write_bytes((folder / "images" / "3.png").read_bytes())
+    monkeypatch.setattr("mmft.training.doctor.trial.PATIENCE", 0.0)  # as if the model were slow
     (tmp_path / "flat.py").write_text("def flat(completions, **_):\n    return [1.0] * len(completions)\n")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     rewards = f"rewards=[{{name: '{tmp_path}/flat.py:flat'}}]"
@@ -100,6 +101,7 @@ def test_everything_wrong_is_said_at_once(tmp_path, capsys, monkeypatch):
     assert "MiB" not in found(page, "Memory", "wrong")
     assert "all responses of a step earn the same" in found(page, "Model", "wrong")
     assert "the model sees its pictures" in found(page, "Model", "fine")
+    assert "measured on one, from 1 of its 2 pictures" in found(page, "Model", "fine")
 
 
 def test_what_cannot_be_had_hides_nothing(tmp_path):

@@ -16,12 +16,14 @@ import runpy
 import subprocess
 import sys
 import tomllib
+import webbrowser
 from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shellingham
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from doc_blocks import ROOT, Block, Command
@@ -29,6 +31,7 @@ from doc_given import GIVEN
 
 from mmft import PPOTrainer, data
 from mmft.cli import main
+from mmft.evaluation.suite import SUITE
 from mmft.recipe import load_recipe
 from mmft.recipe.preference import load_preference_recipe
 
@@ -40,6 +43,7 @@ WARM_START = ["warm_start.max_steps=1", "warm_start.batch_size=4", "warm_start.s
 HEAD = ["train.steps=2", "train.batch_size=4", "pairs.train_rows=8", "pairs.held_out_rows=8", "train.save_every=0"]
 STEPS = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "micro_prompts": None, "eval_rows": 4}
 ROWS = 12
+WITH_JAVA = "mmft evaluate runs/caption_photos"  # the one evaluation with every metric
 RAN, CHECKED = "run", "checked otherwise"
 
 
@@ -55,6 +59,10 @@ def run_command(command: Command) -> str:
     """
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        patch.setattr(webbrowser, "open", lambda url: True)
+        patch.setattr(shellingham, "detect_shell", lambda: ("bash", "/bin/bash"))  # the reader's, not the tests'
+        if WITH_JAVA not in command.text:
+            without_java(patch)
         for name, value in command.environment:
             patch.setenv(name, value)
         try:
@@ -94,6 +102,12 @@ def _run(words: list[str], patch: pytest.MonkeyPatch, command: Command) -> str:
     raise AssertionError("nobody knows how to run this: teach tests/docs/doc_runner.py, or mend the page")
 
 
+def without_java(patch: pytest.MonkeyPatch) -> None:
+    """Leaves out what starts a Java process of several seconds each time."""
+    for name in ("meteor", "spice"):
+        patch.delitem(SUITE, name, raising=False)
+
+
 # --- the command line
 
 
@@ -104,7 +118,7 @@ def _verb(arguments: list[str]) -> str:
         fine = {0, 1}  # 1 = it found something, which is its work
         if "memory" not in arguments and any(word.endswith(".yaml") for word in arguments):
             arguments = [*arguments, *_sizes(arguments)]
-    if verb == "evaluate" or arguments[:2] == ["doctor", "rewards"]:
+    if (verb == "evaluate" and "--references" not in arguments) or arguments[:2] == ["doctor", "rewards"]:
         arguments = [*arguments, "--rows", "4"]  # the last one counts
     code = main(arguments)
     assert code in fine, f"exit code {code}"
@@ -180,6 +194,7 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
         def few_rows(name, split, limit=None, *others, **named):
             return read(name, split, min(limit or ROWS, ROWS), *others, **named)
 
+        without_java(patch)
         patch.setattr(PPOTrainer, "__init__", small_trainer)
         patch.setattr(data, "load_rows", few_rows)
         try:

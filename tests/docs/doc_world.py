@@ -11,9 +11,11 @@ from doc_blocks import ROOT
 from PIL import Image
 
 from mmft.data import load_rows
+from reward_models import DocumentFrequencies
 
 COPIED = ("recipes", "accelerate_configs", "data")  # a command may write there
 LINKED = ("benchmarks", "tests", "Makefile", "mmft/assets")
+KEPT = {"runs", "photos", "coco", "sets", "mmft", "docs", *COPIED, *LINKED}
 PHOTOS = 24
 # What the documentation calls by a hub id -> the family of the tiny model that stands in.
 MODELS = {"HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm"}
@@ -34,15 +36,27 @@ def make_world(folder: Path, tiny_model) -> Path:
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
     photos(folder / "photos")
-    coco_files(folder)
-    (folder / "my.yaml").write_text((ROOT / "recipes" / "caption_ppo.yaml").read_text())
-    (folder / "judge.py").write_text(JUDGE)
-    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs()))
+    small_files(folder)
     flickr8k(folder / "sets" / "flickr8k", folder / "photos")
     for name, family in MODELS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(tiny_model(family))
     return folder
+
+
+def tidy(folder: Path) -> None:
+    """Takes away what the pages before have left, but for runs, and writes anew what they may have written over."""
+    for path in folder.iterdir():
+        if path.name not in KEPT and not any(name.startswith(f"{path.name}/") for name in MODELS):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    small_files(folder)
+
+
+def small_files(folder: Path) -> None:
+    coco_files(folder)
+    (folder / "my.yaml").write_text((ROOT / "recipes" / "caption_ppo.yaml").read_text())
+    (folder / "judge.py").write_text(JUDGE)
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs()))
 
 
 def pairs() -> list[dict[str, str]]:
@@ -52,13 +66,15 @@ def pairs() -> list[dict[str, str]]:
 
 
 def coco_files(folder: Path) -> None:
-    """COCO captions under two names, and predictions.json with a caption for each of their pictures."""
+    """COCO captions under two names, a caption for each of their pictures, and the document frequencies of them all."""
     references = json.loads((folder / "coco" / "captions.json").read_text())
     first = {item["image_id"]: item["caption"] for item in references["annotations"]}
     for name in ("references.json", "captions.json"):
         (folder / name).write_text(json.dumps(references))
     found = [{"image_id": i, "caption": text} for i, text in first.items()]
     (folder / "predictions.json").write_text(json.dumps(found))
+    texts = [[item["caption"] for item in references["annotations"] if item["image_id"] == i] for i in first]
+    DocumentFrequencies.from_references(texts).save(folder / "frequencies.df")
 
 
 def photos(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Every command and every Python block of the documentation is run, page by page, as a reader would.
 
-One folder serves all pages, and a command that stands on several pages is run once. Each test is a page.
+One folder serves all pages: runs stay, so that a training that stands on several pages is done once; other files go
+when the next page begins. Each test is a page.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import doc_runner
 import pytest
 from doc_blocks import ROOT, Block, Command, blocks, commands, pages
-from doc_world import coco_files, make_world
+from doc_world import make_world, tidy
 from fake_hub import FakeHub, fake_hub
 from huggingface_hub import constants
 from safetensors import safe_open
@@ -64,8 +65,9 @@ seconds: dict[str, float] = {}  # CPU time of each command
 
 
 def run(command: Command) -> str | None:
-    """Runs a command that was not run before."""
-    key = (command.words, command.environment)
+    """Runs a command that its page has not run before; what trains or diagnoses, if no page has."""
+    once = command.words[0] in ("accelerate", "python") or command.words[:2] == ("mmft", "doctor")
+    key = ("" if once else command.page, command.words, command.environment)
     if key in done:
         return None
     done.add(key)
@@ -80,7 +82,7 @@ def run(command: Command) -> str | None:
 def test_every_block_of_a_page_runs(page, world, counts):
     failed, names = [], {"__name__": "page"}
     found = blocks(page)
-    coco_files(world)  # as they were, whatever an earlier page wrote over them
+    tidy(world)
     for block in found:
         if block.file:
             Path(block.file).write_text(block.text)

@@ -82,7 +82,7 @@ def make_run(folder: Path, finished=True, caption="a red circle", rows=30) -> Pa
 def test_signatures_and_alarms_are_told(tmp_path):
     page = Page(write_report(make_run(tmp_path)))
     assert "CIDEr-D|eos:no|tok:simple" in page.text
-    assert "Guard repetition at step 3: responses repeat 40%; training was stopped." in page.text
+    assert "Step 3, repetition: responses repeat 40%; training was stopped." in page.text
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -142,7 +142,10 @@ def test_a_run_that_has_only_begun_and_what_is_no_run(tmp_path):
         with pytest.raises(ValueError, match=problem):
             write_report(folder)
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "no steps yet" in Page(write_report(tmp_path)).text
+    text = Page(write_report(tmp_path)).text
+    assert "no steps yet" in text and "no held-out result yet" in text
+    (tmp_path / "summary.json").write_text('{"before": {}, "after": {}, "seconds": 3}')
+    assert "the run had no held-out pictures" in Page(write_report(tmp_path)).text
 
 
 def test_damaged_files(tmp_path):
@@ -278,5 +281,5 @@ def test_a_run_that_goes_on_shows_its_newest_captions_as_such(tmp_path):
     text = Page(write_report(run)).text
     assert "20 of 60 steps" in text and "not finished" in text
     assert "So far: this is step 20." in text and "after step 20" in text
-    assert "Guard kl at step 7: KL runs away." in text
+    assert "Step 7, kl: KL runs away." in text
     assert "Distinct word pairs" in text  # variety can be told without a summary

@@ -42,7 +42,7 @@ def test_four_questions_are_answered():
     said = answers(found, groups=groups, moved=moved)
     assert said["better"].text.startswith("Yes") and said["better"].state == "good"
     assert "1.000 to 1.200, +0.200 or +20.0 %; 95 % interval +0.100 to +0.300" in said["much"].text
-    assert "all 1 checks passed" in said["cheating"].text and said["cheating"].state == "good"
+    assert "1 of 1 checks passed" in said["cheating"].text and said["cheating"].state == "good"
     assert "20 (50 %) worse" in said["worse"].text and "kind kind 2 (−1.000)" in said["worse"].text
     assert said["worse"].state == "bad"
 
@@ -83,7 +83,7 @@ def test_a_guard_that_speaks_often_is_one_line():
     alarms.append({"guard": "held_out", "step": 9, "text": "fell", "action": "rollback"})
     found = warnings(alarms)
     assert len(found) == 2 and "(200 times in all)" in found[0].text and len(found[0].text) < 120
-    assert found[1].text == "Guard held_out at step 9: fell; training ended with the best evaluated weights."
+    assert found[1].text == "Step 9, held_out: fell; training ended with the best evaluated weights."
     assert len(honesty({"alarms": alarms}, [])) == 2  # the model card has them, too
 
 

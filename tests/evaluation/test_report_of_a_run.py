@@ -8,12 +8,16 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from peft import LoraConfig
+from PIL import Image
 
 from mmft import PPOConfig, PPOTrainer, load_rows
+from mmft.data.rows import FileRows
 from mmft.evaluation.report import write_report
 from mmft.recipe import load_recipe
+from mmft.training.evaluate import Evaluation
 from mmft.training.interrupts import Interrupted
 from mmft.training.run import run
 from mmft.training.summary import LiveReport
@@ -44,8 +48,9 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LiveReport, "show", watched)
         patch.setattr("mmft.training.summary._SHARE", 1.0)  # steps this short would not earn the second report
-        folder.mkdir()
-        (folder / "summary.json").write_text('{"after": {}}')  # of an earlier run
+        (folder / "pictures").mkdir(parents=True)
+        (folder / "pictures" / "00099.jpg").write_bytes(b"of an earlier run")
+        (folder / "summary.json").write_text('{"after": {}}')
         weights = ["rewards.1.weight=0.5"]
         run(load_recipe(ROOT / "recipes" / "caption_ppo.yaml", [*SHORT, *weights, f"output.dir={folder}"]))
     return folder, seen
@@ -129,6 +134,18 @@ def test_reports_take_a_hundredth_of_a_run_and_the_next_one_has_the_news(trained
     live.seconds = 1e6  # as after very slow reports
     assert live.show(4, None) is None and not (tmp_path / "run" / "report.html").exists()
     assert live.show(4, None, needed=True) is None and (tmp_path / "run" / "report.html").exists()
+
+
+def test_columns_of_the_data_come_along(tmp_path):
+    Image.new("RGB", (600, 300)).save(tmp_path / "a.png")
+    columns = {"season": "winter", "image_id": 7, "note": "x" * 99, "sizes": [1, 2]}
+    record = {"id": "1", "prompt": "p", "picture": "a.png", "references": ["x"], "columns": columns}
+    before = Evaluation(["x y"], {"reward": np.array([1.0])})
+    assert LiveReport(tmp_path, FileRows([record], tmp_path)).show(0, before) is None
+    (sample,) = samples_of(tmp_path)
+    assert sample["columns"] == {"season": "winter", "note": "x" * 60, "sizes": 2}
+    assert sample["before"] == "x y" and sample["after"] is None and sample["step"] is None
+    assert Image.open(tmp_path / sample["picture"]).size == (256, 128)
 
 
 def test_a_report_that_cannot_be_written_is_said_and_no_more(tmp_path):

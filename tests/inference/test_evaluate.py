@@ -142,11 +142,56 @@ def test_slices_are_checked_before_anything_is_captioned(monkeypatch):
         evaluate("scenes-vlm", rows=30, metrics=["form"], slice_by=["id"])
 
 
+def test_pictures_without_references(tmp_path, capsys):
+    """COCO's numbers from its file names; only what needs no references is scored; no empty references.json."""
+    rows, numbers = load_rows("scenes", "test", limit=3), (391895, 5, 42)
+    for i, number in enumerate(numbers):
+        rows[i]["image"].save(tmp_path / f"COCO_test2014_{number:012}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert main(["evaluate", "scenes-vlm", "--pictures", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    predictions = json.loads((tmp_path / "out" / "predictions.json").read_text("utf-8"))
+    assert [entry["image_id"] for entry in predictions] == sorted(numbers)
+    captions = dict(zip(numbers, Captioner("scenes-vlm").write(rows).texts, strict=True))
+    assert {entry["image_id"]: entry["caption"] for entry in predictions} == captions
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text("utf-8"))
+    assert {"length", "distinct_1"} <= scores["scores"].keys() and not {"CIDEr", "METEOR"} & scores["scores"].keys()
+    assert not (tmp_path / "out" / "references.json").exists()
+    assert "left out" not in capsys.readouterr().out
+    assert main(["evaluate", "scenes-vlm", "--pictures", str(tmp_path), "--metrics", "cider"]) == 2
+    assert "metric cider: needs references" in capsys.readouterr().err
+
+
+def test_captions_outlive_a_metric_that_fails(tmp_path, capsys):
+    """What took hours to write is there, though a metric asked for by name cannot be computed."""
+    arguments = ["evaluate", "scenes-vlm", "--rows", "3", "--metrics", "form,clip", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "metric clip: needs a CLIP model" in error and "The captions are kept in" in error
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text("utf-8"))) == 3
+    assert not (tmp_path / "out" / "scores.json").exists()
+
+
+@pytest.mark.parametrize("against", ["nowhere/at/all", "nowhere.json"])
+def test_the_other_side_is_looked_for_before_anything_is_captioned(monkeypatch, against):
+    monkeypatch.setattr(Captioner, "write", lambda *a, **o: pytest.fail("captioned first"))
+    with pytest.raises(ValueError, match="nowhere"):
+        evaluate("scenes-vlm", rows=3, metrics=["form"], against=against)
+
+
+def test_each_method_has_its_folder_in_the_run(run, monkeypatch, capsys):
+    """A second evaluation by another method takes nothing of the first."""
+    for more in ([], ["--method", "sample", "--num", "2"]):
+        assert main(["evaluate", str(run), "--rows", "2", "--metrics", "form", *more]) == 0
+    found = sorted(path.name for path in (run / "evaluation").iterdir())
+    assert found == ["scenes-test-greedy", "scenes-test-sample-2"]
+    assert str(run / "evaluation" / "scenes-test-sample-2") in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["p.json"], "what are these predictions held against? Give --references FILE, or --data NAME"),
-        (["p.json", "--references", "r.json", "--data", "scenes"], "--references and --data were both given"),
+        (["p.json", "--references", "r.json", "--data", "scenes"], "--data and --references were both given"),
         (["p.json", "--references", "r.json", "--method", "beam"], "method: of no use for captions that are written"),
         (["p.json", "--references", "r.json", "--slice", "kind"], "no column 'kind' to slice by"),
         (["p.json", "--references", "r.json", "--metrics", "cidr"], "unknown metric 'cidr'; did you mean cider"),
@@ -155,6 +200,7 @@ def test_slices_are_checked_before_anything_is_captioned(monkeypatch):
         (["none.json", "--references", "r.json"], "none.json: no such file"),
         (["short.json", "--references", "r.json"], "--allow-missing scores the others"),
         (["nowhere/at/all"], "nowhere/at/all"),
+        (["scenes-vlm", "--pictures", "."], "is no folder with pictures"),
     ],
 )
 def test_what_does_not_go_together_is_said_in_one_line(tmp_path, monkeypatch, capsys, arguments, said):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
-from made_runs import TUNED, made_run
+from made_runs import TUNED, greedy, made_run
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmft import Captioner
@@ -97,3 +98,16 @@ def test_nothing_is_written_over(trained, tmp_path, capsys):
     assert main(["merge", str(trained), str(tmp_path / "mine")]) == 2
     assert "is there already" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_family_is_captioned_and_merged(family, tiny_model, tmp_path, scenes):
+    model = {"name": str(tiny_model(family)), "lora": {"r": 4}}
+    policy = made_run(tmp_path / "run", model, rollout={"max_completion_length": 8})
+    rows = list(scenes[:2]) if "image" in policy.pictures.token_ids else [{"prompt": "What is heard?"}] * 2
+    captioner = Captioner(tmp_path / "run")
+    assert captioner.write(rows).texts == greedy(policy, rows, 8)
+    assert captioner.write(rows, method="beam", num=1).texts == captioner.write(rows).texts
+    made = merge(tmp_path / "run", tmp_path / "merged")
+    assert made.difference <= 1e-4 < made.changed and made.same == made.captions

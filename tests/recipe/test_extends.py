@@ -44,6 +44,14 @@ def test_paths_count_from_the_file_they_stand_in(files):
     assert (recipe.seed, recipe.train.steps, recipe.train.warmup_steps, recipe.eval.rows) == (1, 2, 1, 3)
 
 
+def test_a_circle_by_another_path_is_one(files):
+    path = files(r="extends: sub/middle.yaml\n", sub__middle="seed: 1\nextends: ../r.yaml\n")
+    with pytest.raises(
+        RecipeError, match=r"middle\.yaml:2: .*comes back to itself \(r.yaml -> middle.yaml -> r.yaml\)"
+    ):
+        load_recipe(path)
+
+
 def test_a_card_is_looked_for_beside_the_file_that_names_it(files, tmp_path):
     path = files(r="extends: sub/base.yaml\n", sub__base="data: {name: card.yaml}\n", sub__card="name: x\n")
     assert load_recipe(path).data.name == str(tmp_path / "sub" / "card.yaml")
@@ -69,11 +77,13 @@ def test_mistakes_of_all_files_come_at_once_each_with_its_own(files):
     assert places == ["command line", "r.yaml:1", "base.yaml:3", "base.yaml:4", "low.yaml:1"]
 
 
-def test_nothing_is_said_of_combinations_with_a_base_that_is_missing(files):
-    path = files(r="extends: none.yaml\nrollout: {num_generations: 1}\nmodel: {critic: none}\ntrain: {stps: 1}\n")
+@pytest.mark.parametrize("base", [{}, {"base": "train:\n\tsteps: 1\n"}], ids=["missing", "broken"])
+def test_nothing_is_said_of_combinations_with_a_base_that_cannot_be_read(files, base):
+    text = "extends: base.yaml\nrollout: {num_generations: 1}\nmodel: {critic: none}\ntrain: {stps: 1}\n"
+    path = files(r=text, **base)
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    assert len(caught.value.problems) == 2 and "train.stps" in caught.value.problems[1]
+    assert len(caught.value.problems) == 2 and any("train.stps" in problem for problem in caught.value.problems)
 
 
 def test_overrides_come_last(files):

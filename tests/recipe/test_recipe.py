@@ -129,6 +129,11 @@ def test_an_override_mends_the_file(write):
     assert load_recipe(write("train: {steps: x}\n"), ["train.steps=3"]).train.steps == 3
 
 
+def test_an_override_is_checked_also_where_the_file_could_not_be_read(write):
+    found = problems(write("seed: !x 1\n"), "seed=two")
+    assert [line.split(":")[0] for line in found] == ["command line", "r.yaml"] and 'got "two"' in found[0]
+
+
 def test_missing_file(tmp_path):
     assert problems(tmp_path / "none.yaml") == ["r.yaml: cannot be read: No such file or directory"]
 

@@ -46,7 +46,7 @@ def test_what_is_shown_is_the_same_recipe(path, tmp_path):
 def test_each_value_is_shown_with_its_origin(tmp_path, capsys):
     (tmp_path / "base.yaml").write_text("train:\n  steps: 3\n  lr_schedule: linear\n")
     (tmp_path / "r.yaml").write_text("extends: base.yaml\nrewards:\n- name: bleu\n  clip: [0, 1]\n")
-    words = ["data.prompt='a  # b: c'", "rewards.0.clip.1=2", "rewards.0.options={api_key: swordfish-42, n: 2}"]
+    words = ["data.prompt='a  # b: c'", "rewards.0.clip.1=2", "rewards.0.options={api_key: xyzzy, n: 2}"]
     assert main(["recipe", "show", str(tmp_path / "r.yaml"), "train.steps=7", *words]) == 0
     shown = [" ".join(line.replace(f"{tmp_path}/", "").split()) for line in capsys.readouterr().out.splitlines()]
     for line in (
@@ -61,7 +61,7 @@ def test_each_value_is_shown_with_its_origin(tmp_path, capsys):
         "api_key: (hidden) # command line",
     ):
         assert line in shown, (line, shown)
-    assert "swordfish" not in "\n".join(shown)
+    assert "xyzzy" not in "\n".join(shown)
 
 
 # --- check -----------------------------------------------------------------------------------------

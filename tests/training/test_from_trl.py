@@ -13,10 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_hub import fake_hub
+from huggingface_hub import HfApi, constants
+from peft import LoraConfig
 from PIL import Image
 from transformers import TrainerCallback
 
-from mmft.training import saving
 from mmft.training.config import A2CConfig, PPOConfig
 from mmft.training.from_trl import config_of, loading, require_known, settled
 from mmft.training.trainer import PPOTrainer
@@ -40,6 +42,10 @@ def said(**options) -> str:
         PPOConfig(**options)
     assert len(caught) <= 1
     return str(caught[0].message) if caught else ""
+
+
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
 
 
 # ---- the table
@@ -283,25 +289,40 @@ def test_what_the_script_saved_is_plain_peft_with_its_processor(finished):
     assert trained and all(torch.equal(loaded[name], value) for name, value in trained.items())
 
 
-def test_push_to_hub_uploads_adapter_head_and_processor(finished, monkeypatch):
-    seen = {}
+@pytest.fixture
+def hub(monkeypatch):
+    token = "hf_" + "A1" * 17
+    with fake_hub(token) as found:
+        template = found.url + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": found.url}
+        for name, value in (values | {"HUGGINGFACE_CO_URL_TEMPLATE": template}).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "me"})
+        yield found
 
-    class Hub:
-        def create_repo(self, name, **options):
-            seen.update(options, name=name)
-            return SimpleNamespace(repo_id=f"me/{name}")
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            seen.update(repo=repo_id, message=commit_message, files={path.name for path in Path(folder_path).iterdir()})
-            return "https://example.org/commit"
+def test_push_to_hub_publishes_the_run(finished, hub, tmp_path, capsys):
+    trainer, output = finished[0].trainer, finished[1]
+    # This run's base model is a folder of this machine, and two bounds of the clip are in no recipe: no card.
+    trainer.push_to_hub(dataset_name="colours")
+    assert "without a model card" in capsys.readouterr().err
+    made = hub.repositories["me/out"]
+    assert made.private
+    assert {"adapter_model.safetensors", "value_head.safetensors", "tokenizer.json"} <= set(made.files)
+    assert made.files["adapter_model.safetensors"] == (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    trainer.push_to_hub("A message", repository="me/other", private=False)
+    assert not hub.repositories["me/other"].private
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    trainer = finished[0].trainer
-    assert trainer.push_to_hub(dataset_name="colours") == "https://example.org/commit"
-    assert (seen["name"], seen["repo"], seen["private"]) == ("out", "me/out", True)
-    assert {"adapter_model.safetensors", "value_head.safetensors", "tokenizer.json"} <= seen["files"]
-    assert seen["message"] == "End of training"
-    assert saving.push_to_hub(trainer, "me/other", "x", private=False) and seen["private"] is False
+
+def test_push_to_hub_of_a_bundled_model_comes_with_its_card(hub, tmp_path):
+    rows = [{"prompt": "say", "image": Image.new("RGB", (32, 32), (i, 0, 0))} for i in range(2)]
+    sizes = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 3, "max_steps": 1}
+    args = quiet(output_dir=str(tmp_path / "run"), report_to=(), hub_model_id="me/carded", **sizes)
+    trainer = PPOTrainer("scenes-vlm", length, args, rows, rows, peft_config=LoraConfig(r=2))
+    trainer.train()
+    assert trainer.push_to_hub()
+    assert {"README.md", "adapter_model.safetensors", "recipe.yaml"} <= set(hub.repositories["me/carded"].files)
 
 
 def test_callbacks_hear_of_every_step_and_may_end_the_run(tiny_model, tmp_path):
@@ -327,7 +348,7 @@ def test_callbacks_hear_of_every_step_and_may_end_the_run(tiny_model, tmp_path):
 
     def reward(completions, trainer_state, **columns):
         steps.append(trainer_state.global_step)
-        return [float(len(text)) for text in completions]
+        return length(completions)
 
     rows = [{"prompt": "say", "image": Image.new("RGB", (32, 32), (i, 0, 0))} for i in range(4)]
     sizes = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 3, "max_steps": 5}

@@ -65,8 +65,8 @@ def test_plain_lines_away_from_a_terminal(tmp_path, capsys):
     for step in range(1, 101):
         monitor.log(step, {"reward": step / 10, "kl": float("nan"), "tokens_per_second": 1234.4})
     monitor.close()
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 20
+    start, *printed = capsys.readouterr().out.splitlines()
+    assert start == f"100 steps; look on: {tmp_path / 'report.html'}" and len(printed) == 20
     assert printed[0].startswith("step   5/100  reward   0.500  tokens/s   1234  ") and printed[0].endswith("left")
     assert "KL" not in printed[0]
     assert printed[-1].index("tokens/s") == printed[0].index("tokens/s")  # in columns
@@ -74,7 +74,7 @@ def test_plain_lines_away_from_a_terminal(tmp_path, capsys):
 
 def test_held_out_scores_on_the_way(tmp_path, capsys):
     """Of the main metric, beside what it was; those before and after the run stand in the table."""
-    monitor = Monitor(tmp_path, 20, trackers=())
+    monitor = Monitor(tmp_path, 20, trackers=(), progress=False)
     before = Evaluation(["a"], {"words": np.array([3.0]), "cider_d": np.array([1.0])})
     now = Evaluation(["b"], {"words": np.array([4.0]), "cider_d": np.array([1.5])})
     for step in (0, 10, 20):
@@ -85,7 +85,7 @@ def test_held_out_scores_on_the_way(tmp_path, capsys):
 
 def test_alarms_are_told_in_one_line_and_kept(tmp_path, capsys):
     alarm = Alarm("clipped", 7, 0.5, 0.3, "log", "half of [the] tokens are beyond the clip " + "and so on " * 30)
-    monitor = Monitor(tmp_path, 20, trackers=())
+    monitor = Monitor(tmp_path, 20, trackers=(), progress=False)
     monitor.alarms([alarm])
     monitor.farewell(1)
     monitor.close()
@@ -101,7 +101,7 @@ def test_the_farewell_names_commands_that_exist(tmp_path, capsys):
     from mmft.cli import app
 
     run = tmp_path / "a run"
-    monitor = Monitor(run, 1, trackers=())
+    monitor = Monitor(run, 1, trackers=(), progress=False)
     monitor.farewell(0)
     monitor.close()
     printed = capsys.readouterr().out
@@ -126,3 +126,4 @@ def test_table(tmp_path, capsys):
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == ["CIDEr-D", "2.000", "2.500", "+0.500 [+0.400, +0.600]", "+25.0 %"]
     assert "[b]new" in printed  # not read as markup
+    assert "It got better. Held-out CIDEr-D went from 2.000 to 2.500" in printed

@@ -32,7 +32,8 @@ def _words(section: Section, recipe) -> None:
     section.numbers |= {"steps": train.steps, "responses": train.steps * responses}
     if recipe.warm_start is not None:
         start = recipe.warm_start
-        section.fine(f"first supervised training on the captions: {start.epochs:g} epoch(s), {start.tune}")
+        times = "once" if start.epochs == 1 else f"{start.epochs:g} times"
+        section.fine(f"first supervised training on all captions, {times} (recipes/caption_sft.py does that alone)")
     beside = "a critic beside it" if model.critic == "head" else "no critic: the other responses are the baseline"
     section.fine(f"{ALGORITHMS[recipe.algorithm.name]} on {model.name}, training {trained}; {beside}")
     section.fine(

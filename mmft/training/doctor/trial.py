@@ -26,7 +26,7 @@ DRAWN = 512  # of the built-in world's rows, where the recipe's own cannot be re
 MOST_MEASURED = 2_000  # captions whose tokens are counted
 CUT = 0.05  # share of captions that may be longer than a response can be
 ENDED = 0.5  # share of responses below which most were cut off
-PATIENCE = 60.0  # seconds that the step tried out may take, by the self-test's time
+PATIENCE = 60.0  # seconds that the step tried out may take, as far as the self-test tells
 EVALUATED = 32  # held-out rows captioned to see how long that takes
 
 
@@ -152,12 +152,11 @@ def _what_learns(section: Section, policy) -> None:
 
 def _time(section: Section, recipe, trainer, tested: float) -> None:
     """How long the run will take, by a step and some captions; what the step shows of the model."""
-    config, share = trainer.config, 1.0
-    # The self-test samples 2 x 2 short responses: this is far above what a step takes, never far below.
-    if tested / 4 * config.prompts_per_step * config.num_generations > 100 * PATIENCE:
-        share = config.num_mini_batches / config.prompts_per_step
-        config.prompts_per_step = config.num_mini_batches
-    seconds = float("inf")
+    config = trainer.config
+    every = config.num_mini_batches  # pictures of a step come in multiples of it
+    possible = int(PATIENCE / max(tested * _passes(trainer), 1e-9) * config.prompts_per_step) // every * every
+    config.prompts_per_step = min(max(possible, every), config.prompts_per_step)
+    share, seconds = config.prompts_per_step / recipe.rollout.prompts_per_step, float("inf")
     for step in (1, 2):  # the first one also fits the critic and fills caches
         metrics = trainer.step(step)
         seconds = min(seconds, metrics["seconds"])
@@ -181,6 +180,17 @@ def _time(section: Section, recipe, trainer, tested: float) -> None:
     )
     section.numbers["first_step"] = {name: value for name, value in metrics.items() if isinstance(value, float)}
     _first_words(section, recipe, trainer, evaluation, metrics)
+
+
+def _passes(trainer) -> float:
+    """How much more a step is than the self-test, by the tokens that pass through the model.
+
+    The self-test: three passes over 2 prompts with 2 responses of 8 tokens. A step: one pass for the reference, and
+    for each epoch one forward and one, twice as dear, backward.
+    """
+    config, prompt = trainer.config, trainer.prompts(1).prompt_ids.shape[1]
+    tokens = config.prompts_per_step * (prompt + config.num_generations * config.max_completion_length)
+    return (1 + 3 * config.num_ppo_epochs) * tokens / (3 * 2 * (prompt + 2 * 8))
 
 
 def _first_words(section: Section, recipe, trainer, evaluation, metrics: dict[str, Any]) -> None:
