@@ -17,7 +17,7 @@ _TOGETHER = 16  # files between one line of output and the next
 
 def caption(
     pictures: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(metavar="IMAGE…", help="files, or folders of them; clips and sounds if it knows them"),
     ],
     model: Annotated[
@@ -80,29 +80,29 @@ def caption(
         raise typer.Exit(2 if failed == len(lines) else 1)
 
 
-def _captions(captioner: Any, files: Sequence[Path], options: dict[str, Any]) -> list[dict[str, str]]:
+def _captions(captioner: Any, files: Sequence[str], options: dict[str, Any]) -> list[dict[str, str]]:
     """``{"file", "caption"}`` for each caption, ``{"file", "error"}`` for each file that cannot be used."""
     try:
         texts = captioner.write(captioner.rows(files), **options).texts
     except ValueError as error:
         if len(files) == 1:
-            return [{"file": str(files[0]), "error": str(error)}]
+            return [{"file": files[0], "error": str(error)}]
         return [line for file in files for line in _captions(captioner, [file], options)]
     each = len(texts) // len(files)
-    return [{"file": str(files[i // each]), "caption": text} for i, text in enumerate(texts)]
+    return [{"file": files[i // each], "caption": text} for i, text in enumerate(texts)]
 
 
-def _files(given: Sequence[Path]) -> list[Path]:
+def _files(given: Sequence[str]) -> list[str]:
     """The files, and in place of a folder the pictures in it, by name. ValueError for a folder without any."""
-    found: list[Path] = []
-    for path in given:
-        if not path.is_dir():
-            found.append(path)
+    found: list[str] = []
+    for name in given:
+        if not Path(name).is_dir():
+            found.append(name)
             continue
-        inside = next((own for own in map(_pictures_in, (path, path / "images")) if own), None)
+        inside = next((own for own in map(_pictures_in, (Path(name), Path(name) / "images")) if own), None)
         if inside is None:
-            raise ValueError(f"{path} holds no pictures; expected files such as .jpg and .png in it, or in images/")
-        found += inside
+            raise ValueError(f"{name} holds no pictures; expected files such as .jpg and .png in it, or in images/")
+        found += map(str, inside)
     return found
 
 

@@ -232,7 +232,7 @@ def load_policy(source: Source, dtype: str, quantize: str | None, trust_remote_c
         model = load_adapter(model, source.adapter)
         model.config._name_or_path = name
     policy = build_policy(model, processor, critic="none", needs_reference=False, cache_bytes=_CACHE_BYTES).eval()
-    return policy.to("cuda") if torch.cuda.is_available() and quantize is None else policy
+    return policy.to("cuda") if torch.cuda.is_available() else policy
 
 
 def trained_prompt(recipe: Recipe | None) -> str:
@@ -286,14 +286,12 @@ class _Files(Sequence[dict[str, Any]]):
         file = self.files[index]
         if isinstance(file, str) and "://" in file:
             raise ValueError(f"{file}: addresses are not fetched; download the picture and give its path")
-        path = None if isinstance(file, Image.Image) else Path(file).expanduser()
-        kind = "image" if path is None else (mimetypes.guess_type(path.name)[0] or "").partition("/")[0]
-        kind = kind if kind in self.readers else "image"
+        if isinstance(file, Image.Image):
+            kind, name, where = "image", str(index), f"picture {index}"
+        else:
+            file = Path(file).expanduser()
+            kind = (mimetypes.guess_type(file.name)[0] or "").partition("/")[0]
+            kind = kind if kind in self.readers else "image"
+            name, where = file.name, str(file)  # the file's name, not its place, seeds its draws
         reader = self.readers[kind]
-        # The file's name, not its place, seeds its draws.
-        row = {"id": str(index) if path is None else path.name, "prompt": self.prompt or PROMPTS[kind]}
-        return row | {
-            reader.column: reader.open(
-                file if path is None else path, f"picture {index}" if path is None else str(path)
-            )
-        }
+        return {"id": name, "prompt": self.prompt or PROMPTS[kind], reader.column: reader.open(file, where)}

@@ -24,6 +24,7 @@ from mmft.recipe.secrets import redacted
 LEDGER = "ledger"
 PROJECT = "mmft"
 _THUMBNAIL = 256  # longest side, pixels
+_NOT_STARTED = "output.trackers: {} did not start: {}; mend it or leave it out"
 _IDS = "trackers.json"  # in the run folder: what each service calls this run, for a resume
 
 
@@ -174,7 +175,7 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio, "mlf
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Before anything costs time: every tracker is one, is installed, and has its login. Other ranks need none.
+    """Before anything costs time: every tracker is one, installed, with its login or its store. Other ranks need none.
 
     Args:
         names: of `TRACKERS`, and "ledger", which is a file of the run's own.
@@ -201,6 +202,13 @@ def check_trackers(names: Sequence[str]) -> None:
                 "output.trackers: wandb has no login: run `wandb login`, or set WANDB_MODE=offline and "
                 "send the run later by `wandb sync`"
             )
+    if "mlflow" in names:
+        import mlflow
+
+        try:
+            mlflow.search_experiments(max_results=1)  # is its store there?
+        except Exception as problem:
+            raise ValueError(_NOT_STARTED.format("mlflow", problem)) from problem
 
 
 def open_trackers(names: Sequence[str], folder: Path, options: Mapping[str, Any], done: int) -> list[GeneralTracker]:
@@ -223,7 +231,7 @@ def open_trackers(names: Sequence[str], folder: Path, options: Mapping[str, Any]
             tracker.start()
             tracker.store_init_configuration(_flat(redacted(dict(options))))
         except Exception as problem:  # each service has errors of its own
-            raise ValueError(f"output.trackers: {name} did not start: {problem}; mend it or leave it out") from problem
+            raise ValueError(_NOT_STARTED.format(name, problem)) from problem
         found.append(tracker)
     ids = {tracker.name: tracker.id for tracker in found if tracker.id is not None}
     path.unlink(missing_ok=True)

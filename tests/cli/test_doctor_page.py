@@ -66,7 +66,8 @@ def test_a_sound_recipe(tmp_path, capsys):
         *("Machine", "Recipe", "Data", "Rewards", "Memory", "Model")
     ]
     assert "the model sees its pictures" in said and "no picture is in both splits" in said
-    assert said.rstrip().endswith(f"Next: accelerate launch recipes/caption_ppo.py {RECIPE} {' '.join(words)}")
+    script = RECIPE.replace(".yaml", ".py")
+    assert said.rstrip().endswith(f"Next: accelerate launch {script} {RECIPE} {' '.join(words)}")
     model = numbers(page, "Model")
     assert model["trained"] == 109_824 and model["step_seconds"] > 0
     # 60 steps; before, after step 20, after step 40, and after the last

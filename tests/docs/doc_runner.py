@@ -18,6 +18,7 @@ import sys
 import tomllib
 import webbrowser
 from collections.abc import Callable, Sequence
+from functools import cache
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from mmft.cli import main
 from mmft.evaluation.suite import SUITE
 from mmft.recipe import load_recipe
 from mmft.recipe.preference import load_preference_recipe
+from mmft.training import memory
 
 # Sizes of a run; whatever a command says about them comes first, and is checked, but not waited for.
 SIZES = ["train.steps=2", "rollout.prompts_per_step=2", "rollout.num_generations=2", "train.micro_prompts=null"]
@@ -43,6 +45,7 @@ WARM_START = ["warm_start.max_steps=1", "warm_start.batch_size=4", "warm_start.s
 HEAD = ["train.steps=2", "train.batch_size=4", "pairs.train_rows=8", "pairs.held_out_rows=8", "train.save_every=0"]
 STEPS = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "micro_prompts": None, "eval_rows": 4}
 ROWS = 12
+MEASURE = memory.measured_base
 WITH_JAVA = "mmft evaluate runs/caption_photos"  # the one evaluation with every metric
 RAN, CHECKED = "run", "checked otherwise"
 
@@ -61,6 +64,7 @@ def run_command(command: Command) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         patch.setattr(webbrowser, "open", lambda url: True)
         patch.setattr(shellingham, "detect_shell", lambda: ("bash", "/bin/bash"))  # the reader's, not the tests'
+        patch.setattr(memory, "measured_base", base_memory)
         if WITH_JAVA not in command.text:
             without_java(patch)
         for name, value in command.environment:
@@ -100,6 +104,16 @@ def _run(words: list[str], patch: pytest.MonkeyPatch, command: Command) -> str:
         subprocess.run(words, check=True, capture_output=True)
         return RAN
     raise AssertionError("nobody knows how to run this: teach tests/docs/doc_runner.py, or mend the page")
+
+
+@cache
+def measured_base() -> int:
+    return MEASURE(load_recipe("recipes/caption_ppo.yaml", SIZES))
+
+
+def base_memory(recipe: object) -> int:
+    """Memory before a run, which `mmft doctor` measures in a process of its own: here once for all recipes."""
+    return measured_base()
 
 
 def without_java(patch: pytest.MonkeyPatch) -> None:

@@ -215,14 +215,16 @@ def test_what_does_not_go_together_is_said_in_one_line(tmp_path, monkeypatch, ca
 
 
 def test_missing_predictions_are_left_out_on_both_sides(tmp_path):
-    entries = [{"image_id": i, "caption": f"a dog {i}"} for i in range(6)]
+    entries = [{"image_id": i, "caption": "a dog" + " x" * i} for i in range(6)]
+    images = [{"id": i, "kind": "few" if i < 3 else "many"} for i in range(6)]
     for name, part in (("a", entries[:5]), ("b", entries[1:])):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
-    (tmp_path / "r.json").write_text(json.dumps({"annotations": entries}))
-    files = [tmp_path / "a.json", tmp_path / "b.json"]
-    found = evaluate(
-        files[0], against=files[1], references=tmp_path / "r.json", allow_missing=True, metrics=["bleu", "form"]
-    )
+    (tmp_path / "r.json").write_text(json.dumps({"images": images, "annotations": entries}))
+    files = {"source": tmp_path / "a.json", "against": tmp_path / "b.json", "references": tmp_path / "r.json"}
+    found = evaluate(**files, allow_missing=True, metrics=["bleu", "form"], slice_by=["kind"])
     assert found.side.given.ids == found.other.given.ids == [1, 2, 3, 4]
     assert found.side.given.captions == found.other.given.captions
     assert np.allclose([d["mean"] for d in found.difference.values()], 0)
+    assert found.scores["Bleu_1"]["mean"] == pytest.approx(1, abs=1e-6)  # each caption is its own reference
+    lengths = {label: (by["rows"], by["scores"]["length"]["mean"]) for label, by in found.slices["kind"].items()}
+    assert lengths == {"few": (2, 3.5), "many": (2, 5.5)}

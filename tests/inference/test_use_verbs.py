@@ -34,7 +34,8 @@ def test_one_bad_picture_among_good_ones(photos, tmp_path, capsys):
     assert [line.partition(": ")[0] for line in said.out.splitlines()] == [str(good)] * 2
     assert "bad.png is not a picture" in said.err and "pipe.png is a special file" in said.err
     assert ["error" in line for line in json.loads((tmp_path / "c.json").read_text())] == [True, False, False, True]
-    assert main(["caption", str(tmp_path / "bad.png")]) == 2
+    assert main(["caption", str(tmp_path / "bad.png"), "https://example.org/a.png"]) == 2
+    assert "addresses are not fetched" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["caption", str(tmp_path / "empty")]) == 2 and "holds no pictures" in capsys.readouterr().err
 

@@ -129,6 +129,7 @@ def test_a_reward_that_stays_where_it_was():
 
     assert told(PPOConfig(), series(0.0)) == [("reward_not_rising", 44)]
     assert told(PPOConfig(), series(-0.01)) == [("reward_not_rising", 44)]
+    assert told(PPOConfig(), series(0.002)) == [("reward_not_rising", 44)]  # less than chance moves it
     assert told(PPOConfig(), series(0.01)) == []
 
 
@@ -172,3 +173,5 @@ def test_numbers_that_are_missing_say_nothing():
     """A step that taught nothing has no numbers of an update, and one that dropped everything no reward."""
     lost = {k: v for k, v in SOUND.items() if k not in ("grad_norm", "clip_fraction", "equal_groups")}
     assert told(PPOConfig(), [lost | {"reward": float("nan"), "entropy": float("nan")}] * 50) == []
+    ill, unknown = SOUND | {"clip_fraction": 0.9}, SOUND | {"clip_fraction": float("nan")}
+    assert told(PPOConfig(), [ill] * 5 + [unknown] * 10 + [ill] * 5) == [("clipped", 3)]  # it was not gone

@@ -196,7 +196,7 @@ def test_a_store_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())  # which MLflow refuses unless allowed
     with pytest.raises(ValueError, match="output.trackers: mlflow did not start: .*maintenance mode.*leave it out"):
-        Monitor(tmp_path / "run", 1, trackers=("mlflow",))
+        check_trackers(["mlflow"])
 
 
 # ---------------------------------------------------------------- wrong names

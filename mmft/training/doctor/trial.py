@@ -105,6 +105,7 @@ def try_model(section: Section, recipe, parts: Parts) -> None:
     """Loads the model as a run would, has it tested, and times a step and some captions."""
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # Nothing is left behind: an engine may write adapters into the run folder.
         output = recipe.output.model_copy(update={"dir": scratch, "trackers": [], "push_to_hub": None})
         tried = recipe.model_copy(update={"output": output, "warm_start": None})
         if parts.rewards is None:
