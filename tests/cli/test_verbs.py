@@ -148,7 +148,8 @@ def test_ctrl_c_that_a_library_swallows_is_130_too(monkeypatch, capsys):
 @pytest.mark.parametrize("arguments", [["recipe", "schema"], ["--version"]])  # more and less than a buffer holds
 def test_a_reader_that_goes_away_is_no_error(arguments):
     command = [sys.executable, "-m", "mmft.cli", *arguments]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered)
     running.stdout.close()
     assert running.stderr.read() == b"" and running.wait(60) == 0
 

@@ -132,8 +132,9 @@ def test_the_first_pictures_of_a_file(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"annotations": entries}))
     for known in (6, 4):
         (tmp_path / "p.json").write_text(json.dumps(entries[:known]))
-        found = evaluate(tmp_path / "p.json", references=tmp_path / "r.json", rows=3, metrics=["form"])
+        found = evaluate(tmp_path / "p.json", references=tmp_path / "r.json", rows=3, metrics=["bleu", "form"])
         assert found.side.scores.rows["length"].tolist() == [2, 4, 6]
+        assert found.side.scores.rows["Bleu_1"] == pytest.approx(1, abs=1e-6)  # each is its own reference
 
 
 def test_slices_are_checked_before_anything_is_captioned(monkeypatch):
