@@ -6,6 +6,7 @@ so, by which nobody can load them again.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from mmft.recipe import Recipe
-from mmft.recipe.sections import Algorithm, Eval, Model, Rollout, Train
-from mmft.training.config import A2CConfig
+from mmft.recipe.messages import without_null
+from mmft.recipe.sections import Algorithm, Eval, Guards, Model, Rollout, Train
+from mmft.recipe.strict_yaml import dotted
+from mmft.training.config import A2CConfig, PPOConfig
 from mmft.training.evaluate import text_row
 from mmft.vlm.load import BUNDLED
 from reward_models.named import BUILT_IN
@@ -27,22 +30,29 @@ _LOOKED_AT = 8  # rows that are asked for their prompt
 
 
 def describe(trainer: PPOTrainer, path: Path) -> None:
-    """Writes ``recipe.yaml``; nothing where the run has options that no recipe can hold."""
+    """Writes ``recipe.yaml``; where the run has options that no recipe can hold, says so and writes nothing."""
     config = trainer.config
     options = asdict(config) | {"steps": config.max_steps, "lr_schedule": config.lr_scheduler_type}
     options |= {"save_every": config.save_steps, "every": config.eval_steps, "rows": config.eval_rows}
     said = {
-        name: {key: options[key] for key in section.model_fields if options.get(key) is not None}
+        name: {
+            key: options[key]
+            for key, field in section.model_fields.items()
+            if key in options and (options[key] is not None or without_null(field.annotation)[1])
+        }
         for name, section in {"algorithm": Algorithm, "rollout": Rollout, "train": Train, "eval": Eval}.items()
     }
     said["algorithm"]["name"] = "a2c" if isinstance(config, A2CConfig) else "ppo"
-    said |= {"seed": config.seed, "model": _model(trainer), "data": _data(trainer)}
+    said |= {"seed": config.seed, "model": _model(trainer), "data": _data(trainer), "guards": _guards(config)}
     said["rewards"] = [_reward(part) for part in trainer.reward_funcs.parts]
     said["output"] = {"dir": str(trainer.run_dir), "trackers": list(config.report_to)}
     try:
         Recipe.model_validate(said).dump(path)
-    except ValidationError:
+    except ValidationError as error:
         path.unlink(missing_ok=True)  # an earlier run's would be of another one
+        wrong = error.errors()[0]
+        what = f"{dotted(wrong['loc'])}: {wrong['msg']}".removeprefix(": ")
+        print(f"no recipe.yaml is written, for a recipe cannot say this run ({what})", file=sys.stderr)
 
 
 def _model(trainer: PPOTrainer) -> dict[str, Any]:
@@ -51,7 +61,10 @@ def _model(trainer: PPOTrainer) -> dict[str, Any]:
     base = model.get_base_model() if adapters else model
     place = getattr(base.config, "_name_or_path", "") or "a model made in Python"
     bundled = {str(folder): name for name, folder in BUNDLED.items()}
-    said: dict[str, Any] = {"name": bundled.get(place, place), "critic": trainer.config.critic}
+    config = trainer.config
+    said: dict[str, Any] = {"name": bundled.get(place, place), "critic": config.critic, "compile": config.compile}
+    said["picture_cache"] = {"memory_mib": config.cache_bytes >> 20, "folder": config.cache_folder}
+    said["picture_cache"]["disk_mib"] = config.cache_disk_bytes >> 20
     said["quantize"] = next((kind for kind, bits in (("nf4", 4), ("int8", 8)) if _bits(base) == bits), None)
     dtype = str(base.dtype).removeprefix("torch.")
     said["dtype"] = dtype if dtype in Model.model_fields["dtype"].annotation.__args__ else "auto"
@@ -66,6 +79,17 @@ def _model(trainer: PPOTrainer) -> dict[str, Any]:
     shape = {"r": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout, "target": target}
     shape |= {"dora": lora.use_dora, "rslora": lora.use_rslora}
     return said | {"tune": "hybrid" if lora.modules_to_save else "lora", "lora": shape}
+
+
+def _guards(config: PPOConfig) -> dict[str, Any]:
+    """Each guard with the options that its section has; one that is left out is off."""
+    sections = {name: without_null(field.annotation)[0] for name, field in Guards.model_fields.items()}
+    return {
+        name: {key: getattr(config.guards[name], key) for key in section.model_fields}
+        if name in config.guards
+        else None
+        for name, section in sections.items()
+    }
 
 
 def _bits(model) -> int | None:
