@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerControl, TrainerState
+
+from reward_models.own import signature_of
 
 
 class Callbacks:
@@ -62,18 +65,50 @@ class Callbacks:
 
 
 def with_state(reward_funcs: Any, state: TrainerState) -> Any:
-    """The reward functions, those that name ``trainer_state`` among their arguments given it; others as they are."""
+    """The reward functions, those that name ``trainer_state`` among their arguments given it; others as they are.
+
+    So are ``log_metric`` and ``log_extra``, which do nothing here but say once what does.
+    """
+    theirs = {"trainer_state": state, "log_metric": _not_logged, "log_extra": _not_logged}
 
     def told(function: Any) -> Any:
         try:
             names = inspect.signature(function).parameters
         except (TypeError, ValueError):
             return function
-        if "trainer_state" not in names:
-            return function
-        call: Callable[..., Any] = functools.partial(function, trainer_state=state)
-        return functools.update_wrapper(call, function)
+        given = {name: value for name, value in theirs.items() if name in names}
+        return _Told(function, given) if given else function
 
     if isinstance(reward_funcs, list | tuple):
         return [told(function) for function in reward_funcs]
-    return told(reward_funcs) if inspect.isfunction(reward_funcs) else reward_funcs
+    return told(reward_funcs)
+
+
+class _Told:
+    """A reward function that is given some arguments in every call; in all else, its name and signature, itself."""
+
+    def __init__(self, function: Any, given: dict[str, Any]):
+        self._function, self._given = function, given
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        # Without what is given: a state changes from step to step, and a resumed run compares the signature.
+        self.signature = getattr(function, "signature", None) or signature_of(function)
+
+    def __call__(self, **columns: Any) -> Any:
+        return self._function(**columns, **self._given)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._function, name)
+
+
+@functools.cache  # a warning a run is enough
+def _say_not_logged() -> None:
+    warnings.warn(
+        "log_metric and log_extra log nothing here: return `reward_models.rewards.Scored(scores, logged={name: […]})`",
+        stacklevel=3,
+    )
+
+
+def _not_logged(*_: Any, **__: Any) -> None:
+    _say_not_logged()

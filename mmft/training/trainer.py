@@ -1,7 +1,7 @@
 """The trainers: an explicit loop on Accelerate, in the order of the stages of one batch.
 
-The only file that knows all stages. TRL's face (constructor, dataset formats, reward functions, option names), and
-TRL's `PPOTrainer` as it was before its removal for the order of things; the loop itself is in the open: see `step`.
+TRL's face (constructor, dataset formats, reward functions, option names), and
+TRL's `PPOTrainer` as it was before its removal for the order of things; the step itself is in the open: step.py.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ import torch
 from accelerate.utils import set_seed
 
 from mmft.algorithms.kl import AdaptiveKL, FixedKL
-from mmft.batch import PromptBatch, Rollout
+from mmft.batch import PromptBatch
 from mmft.data.rows import opened_here
-from mmft.evaluation.captioning import metric_info
-from mmft.evaluation.findings import main_metric
 from mmft.evaluation.report import write_report
 from mmft.recipe.secrets import redact
 from mmft.training import distributed, saving
-from mmft.training import rollout as stages
+from mmft.training.best import act, best_checkpoint, held_out_alarms, keeps_best, metric_of
 from mmft.training.callbacks import Callbacks, with_state
 from mmft.training.checkpoint import (
     find_checkpoint,
@@ -37,28 +35,23 @@ from mmft.training.checkpoint import (
     save_checkpoint,
 )
 from mmft.training.config import A2CConfig, PPOConfig
-from mmft.training.critic import fit_critic
 from mmft.training.described import describe
 from mmft.training.diagnoses import Diagnoses
 from mmft.training.engines import engine_of
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
 from mmft.training.fingerprint import fingerprint
-from mmft.training.finite import require_finite_rollout
 from mmft.training.from_trl import config_of, loading, require_known, settled
-from mmft.training.guards import Alarm, Guards
+from mmft.training.guards import Guards
 from mmft.training.interrupts import Abandoned, Interrupted, Interrupts
-from mmft.training.measures import distributions, ledger, measure
-from mmft.training.monitor import LEDGER, Monitor
-from mmft.training.schedule import learning_rate_factor, places, rows_of_step
-from mmft.training.scoring import HeldOutParts, as_rewards, rewards_at, score_texts, share_backbone
+from mmft.training.monitor import Monitor
+from mmft.training.schedule import learning_rate_factor, rows_of_step
+from mmft.training.scoring import HeldOutParts, as_rewards, score_texts, share_backbone
+from mmft.training.step import take_step
 from mmft.training.summary import LiveReport, environment_of, write_summary
 from mmft.training.together import Together
 from mmft.training.trackers import check_trackers
-from mmft.training.transaction import Checkpoints, Damaged, failpoint
-from mmft.training.update import update
-from mmft.training.vllm_engine import VLLM
+from mmft.training.transaction import Checkpoints, failpoint
 from mmft.training.watchdog import Watchdog, record_cause
-from mmft.vlm.generate import generate
 from mmft.vlm.load import build_policy, load_model
 from mmft.vlm.policy import Policy
 from mmft.vlm.selftest import selftest
@@ -169,8 +162,8 @@ class PPOTrainer:
         # Where they are the metrics, the reward and its parts need not be asked for twice.
         self._parts = HeldOutParts(self.reward_funcs) if compute_metrics else None
         self.engine = engine_of(self.config)
-        self._seconds: dict[str, float] = {}
-        self._rolled_back_to: int | None = None
+        self.phase_seconds: dict[str, float] = {}
+        self.rolled_back_to: int | None = None
         self._together = Together(self.accelerator)
         self.checkpoints = self.checkpoints_of(self.run_dir)
         self.saved_step: int | None = None  # of the checkpoint that holds the state as it is
@@ -182,9 +175,9 @@ class PPOTrainer:
         self._interrupts = Interrupts(self._together.highest, self._together.say)
         self._usual_seconds: dict[str, float] = {}  # phase -> what it took in the step before
         self._abandonable: tuple[str, ...] = ()  # phases before which the step may be given up
-        self._written: list[tuple[str, str]] = []  # see `ledger`
-        self._drawn: dict[str, np.ndarray] = {}  # see `distributions`
-        self._draws: Callable[[int], bool] = lambda step: False  # whether this step's are wanted; the monitor knows
+        self.written: list[tuple[str, str]] = []  # see `ledger`
+        self.drawn: dict[str, np.ndarray] = {}  # see `distributions`
+        self.draws: Callable[[int], bool] = lambda step: False  # whether this step's are wanted; the monitor knows
         self._begun: int | None = None
 
     # ---------------------------------------------------------------- the loop
@@ -211,7 +204,7 @@ class PPOTrainer:
             options=asdict(self.config)
             | {"model": self.policy.model.config._name_or_path, "rewards": self.signatures()},
         )
-        self._draws = monitor.wants_distributions
+        self.draws = monitor.wants_distributions
         if aside:
             monitor.say(f"checkpoints of an earlier run were moved to {aside}")
         if main:
@@ -219,18 +212,18 @@ class PPOTrainer:
         self.callbacks.begin(done, **self._seen)
         with self._interrupts, self.watchdog.phase("between steps"):
             if not done and self.guards.best_step is None:
-                self._held_out(0, self.before)
+                held_out_alarms(self, 0, self.before)
                 monitor.evaluated(0, self.eval_dataset, self.before, self.before)
                 self._report(0, None, monitor)
-                if self._keeps_best:
+                if keeps_best(self):
                     save_checkpoint(self, 0)
             last = self._steps(done, monitor)
             after = self.evaluate()
-            if last == self.config.max_steps and self._rolled_back_to is None:
+            if last == self.config.max_steps and self.rolled_back_to is None:
                 self._leave_if_asked(last, monitor)
-        if self._rolled_back_to is None and (alarms := self._held_out(last, after)):
+        if self.rolled_back_to is None and (alarms := held_out_alarms(self, last, after)):
             monitor.alarms(alarms)
-            if self._act(alarms, monitor) and self._rolled_back_to is not None:
+            if act(self, alarms, monitor) and self.rolled_back_to is not None:
                 after = self.evaluate()
         self.callbacks.end(**self._seen)
         weights = distributed.trained_weights(self.accelerator, self.prepared)
@@ -240,7 +233,7 @@ class PPOTrainer:
                 save_adapter(self.policy, self.run_dir, weights)
                 self.policy.processor.save_pretrained(self.run_dir / "processor")
         if main:
-            self.report.finish(last if self._rolled_back_to is None else self._rolled_back_to, self.before, after)
+            self.report.finish(last if self.rolled_back_to is None else self.rolled_back_to, self.before, after)
             summary = write_summary(
                 self.run_dir,
                 self.before,
@@ -248,7 +241,7 @@ class PPOTrainer:
                 self.seconds(),
                 self.signatures(),
                 self.guards.alarms,
-                self._rolled_back_to,
+                self.rolled_back_to,
                 environment_of(self.policy.device, self.accelerator.num_processes),
             )
             monitor.evaluated(last, self.eval_dataset, self.before, after)
@@ -285,9 +278,9 @@ class PPOTrainer:
             else:
                 self._begun = load_checkpoint(self, checkpoint)
             known = self.before is not None or self.eval_dataset is None  # else nothing is evaluated of new rows yet
-            if self.config.patience is not None and known and self._main_metric(self.before) is None:
+            if self.config.patience is not None and known and metric_of(self.before) is None:
                 raise ValueError("patience (eval.patience) needs held-out rows and a metric of which more is better")
-            if self._keeps_best and self._best_checkpoint() is None:
+            if keeps_best(self) and best_checkpoint(self) is None:
                 self.guards.forget_best()  # kept by no earlier run; the next evaluation is the first to return to
         return self._begun
 
@@ -301,7 +294,7 @@ class PPOTrainer:
             self.callbacks.step_begin(**self._seen)
             try:
                 metrics = self.step(step)
-                self._usual_seconds = dict(self._seconds)
+                self._usual_seconds = dict(self.phase_seconds)
             except Abandoned:
                 restore_host_state(self, kept)
                 self._leave_if_asked(step - 1, monitor)
@@ -309,15 +302,15 @@ class PPOTrainer:
             if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
                 held_out = self.evaluate()
                 metrics |= {f"eval/{k}": v for k, v in (held_out.means() if held_out else {}).items()}
-                alarms += self._held_out(step, held_out)
-            monitor.log(step, metrics, self._written, self._drawn)
+                alarms += held_out_alarms(self, step, held_out)
+            monitor.log(step, metrics, self.written, self.drawn)
             monitor.alarms(alarms)
             if held_out is not None:
                 monitor.evaluated(step, self.eval_dataset, self.before, held_out)
             enough = self.callbacks.step(step, metrics, **self._seen)
-            if self._act(alarms, monitor):
+            if act(self, alarms, monitor):
                 return step
-            new_best = self.guards.best_step == step and (config.save_steps or self._keeps_best)
+            new_best = self.guards.best_step == step and (config.save_steps or keeps_best(self))
             due = step == config.max_steps or (config.save_steps and step % config.save_steps == 0)
             if self.callbacks.wants_save() or new_best or due or enough:
                 monitor.sync()  # the lines of a saved step must outlive whatever the checkpoint outlives
@@ -403,141 +396,7 @@ class PPOTrainer:
     def step(self, step: int) -> dict[str, float]:
         """One RL step: stages 1 to 7. Returns its metrics."""
         with self.watchdog.phase("step", step):
-            return self._step(step)
-
-    def _step(self, step: int) -> dict[str, float]:
-        config, began = self.config, time.perf_counter()
-        self._seconds.clear()  # an evaluation before it is no part of this step
-        learning_rate = self._set_learning_rate(step)
-
-        # What reads the weights from 3 to 6 finds them whole; the update brings a layer's when it is at it.
-        with distributed.whole(self.accelerator, self.prepared):
-            rollout, kl, head = self._experience(step)
-        distributed.load_trained_weights(self.accelerator, self.prepared, head)
-        # 7. Epochs x minibatches x microbatches.
-        with self._timed("update"):
-            self.prepared.train()
-            ratios: list[torch.Tensor] | None = [] if self._draws(step) else None
-            losses = update(
-                self.prepared, self.optimizer, rollout, config, self.accelerator, step, self.guards.spikes, ratios
-            )
-        self._drawn = {} if ratios is None else distributions(rollout, ratios)
-
-        counted = [part.name for part in self.reward_funcs.parts if part.weight != 0.0]
-        metrics = measure(rollout, kl, counted, config.critic != "none", self.accelerator, self._reduce) | losses
-        if isinstance(self.engine, VLLM):
-            metrics |= {f"vllm/logprob_gap_{name}": gap for name, gap in self.engine.gap.items()}
-        if self.guards.wants_blank(step):
-            metrics["blank_picture"] = self._blank_picture(rollout, step)
-        self.kl.update(metrics["kl"], config.prompts_per_step * config.num_generations)
-        seconds = time.perf_counter() - began
-        metrics |= {f"time/{name}": value for name, value in self._seconds.items()}
-        metrics |= {
-            "seconds": seconds,
-            "tokens_per_second": metrics.pop("tokens") / seconds,
-            "samples_per_second": config.prompts_per_step * config.num_generations / seconds,
-            "kl_coef": self.kl.value,
-            "learning_rate": learning_rate,
-        }
-        return metrics
-
-    def _experience(self, step: int) -> tuple[Rollout, torch.Tensor, dict[str, torch.Tensor]]:
-        """Stages 1 to 6: the rollout, the KL of each token (N, T), and the value head where this step fitted it."""
-        config = self.config
-        # 1, 2. Rows and their pictures. 3. Responses, with log-probs and values as they fall out of sampling.
-        with self._timed("rollout"):
-            prompts = self.prompts(step)
-            with self.accelerator.autocast():
-                rollout = stages.sample(self.policy, prompts, config, config.seed * 1_000_003 + step, self.engine)
-        # 4. The reference's view of them: the same weights with the adapters off.
-        with self._timed("reference"):
-            if config.kl_coef > 0:
-                with self.accelerator.autocast():
-                    rollout.ref_logprobs = self.policy(
-                        prompts, rollout.responses, config.temperature, reference=True
-                    ).logprobs
-        # 5. Scores, with their parts.
-        with self._timed("reward"):
-            by_token = any(part.credit != "last" for part in self.reward_funcs.parts)
-            pieces = stages.pieces_of(self.policy, rollout.responses) if by_token else None
-            with rewards_at(step):
-                stages.score(rollout, self.reward_funcs, config, step, pieces)
-        if LEDGER in config.report_to:
-            self._written = ledger(rollout, config.num_generations, self.accelerator)
-        head: dict[str, torch.Tensor] = {}
-        require_finite_rollout(rollout, self.accelerator, step)
-        # 6. Token rewards, advantages, returns; statistics over all processes.
-        kl = stages.earn(rollout, config, self.kl.value, self._reduce)
-        if step == 1 and config.critic == "head" and config.critic_start == "fit":
-            fit_critic(self.policy, rollout, config, [place % 2 for place in places(prompts)], self._reduce)
-            head = {f"value_head.{name}": p.detach().clone() for name, p in self.policy.value_head.named_parameters()}
-        stages.credit(rollout, config, self._reduce)
-        return rollout, kl, head
-
-    # ---------------------------------------------------------------- guards
-
-    @property
-    def _keeps_best(self) -> bool:
-        """Whether the run may end with the state of the best evaluation."""
-        return self.guards.may_roll_back or self.config.patience is not None
-
-    def _main_metric(self, evaluation: Evaluation | None) -> str | None:
-        """The metric that a best evaluation is best in; None where nobody knows whether more of it is better."""
-        name = main_metric(list(evaluation.means())) if evaluation else None
-        return name if name is not None and metric_info(name).better > 0 else None
-
-    def _held_out(self, step: int, evaluation: Evaluation | None) -> list[Alarm]:
-        """Shows an evaluation to the guards; the alarms, running out of patience among them."""
-        name = self._main_metric(evaluation)
-        if name is None:
-            return []
-        alarms = self.guards.held_out(step, evaluation.means()[name], name)
-        patience, best = self.config.patience, self.guards.best_step
-        every = self.config.eval_steps
-        if patience is not None and best is not None and step % every == 0 and step < self.config.max_steps:
-            waited = (step - best) // every
-            if waited >= patience:
-                text = f"{waited} evaluations without a better {name} than at step {best}"
-                alarms.append(Alarm("patience", step, waited, patience, "rollback", text))
-                self.guards.alarms.append(alarms[-1])
-        return alarms
-
-    def _best_checkpoint(self) -> Path | None:
-        """The checkpoint of the best evaluation, where there is one."""
-        if self.guards.best_step is None:
-            return None
-        folder = self.checkpoints.path(self.guards.best_step)
-        return folder if folder.is_dir() else None
-
-    def _act(self, alarms: list[Alarm], monitor: Monitor) -> bool:
-        """What the alarms ask for; True = the training ends here."""
-        asked = {alarm.action for alarm in alarms}
-        best = self._best_checkpoint() if "rollback" in asked else None
-        if best is not None:
-            said, seconds = self.guards.alarms, self.seconds_before  # they belong to the run, not to the state
-            try:
-                self._rolled_back_to = load_checkpoint(self, best)
-                monitor.say(f"training ends with the weights of step {self._rolled_back_to}, the best evaluated")
-            except Damaged as problem:
-                monitor.say(f"training stops; the best evaluated state cannot be put back: {problem}")
-            self.guards.alarms, self.seconds_before = said, seconds
-        elif asked & {"stop", "rollback"}:
-            monitor.say("training stops" + ("; no evaluated state to roll back to" if "rollback" in asked else ""))
-        return bool(asked & {"stop", "rollback"})
-
-    def _blank_picture(self, rollout: Rollout, step: int) -> float:
-        """Share of prompts that earn as much under a grey picture as their responses did on average."""
-        config, prompts = self.config, rollout.prompts
-        blank = stages.blank_prompts(self.policy, prompts)
-        with distributed.whole(self.accelerator, self.prepared), self.accelerator.autocast():
-            responses, _ = generate(
-                self.policy, blank, 1, config.max_completion_length, config.temperature, config.seed * 1_000_003 + step
-            )
-        texts = stages.decode(self.policy, responses)
-        found = self.reward_funcs(**stages.reward_arguments(prompts, texts, responses))
-        seen = rollout.plain.view(len(prompts), -1).mean(-1)
-        as_good = (stages.penalised(found.plain, responses.ended, config) >= seen).float()
-        return float(self.accelerator.gather(as_good).mean())
+            return take_step(self, step)
 
     # ---------------------------------------------------------------- rows
 
@@ -567,7 +426,7 @@ class PPOTrainer:
         if self.eval_dataset is None:
             return None
         config = self.config
-        with self._timed("evaluate"), distributed.whole(self.accelerator, self.prepared):
+        with self.timed("evaluate"), distributed.whole(self.accelerator, self.prepared):
             return evaluate(
                 self.policy,
                 self.eval_dataset,
@@ -597,10 +456,10 @@ class PPOTrainer:
         summed = self.accelerator.reduce(torch.as_tensor(numbers, device=self.accelerator.device), "sum")
         return summed.cpu().numpy()
 
-    def _reduce(self, statistics: torch.Tensor) -> torch.Tensor:
+    def reduce(self, statistics: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(statistics, "sum") if self.accelerator.num_processes > 1 else statistics
 
-    def _set_learning_rate(self, step: int) -> float:
+    def set_learning_rate(self, step: int) -> float:
         """Sets this step's rates; each group keeps its own base rate. Returns the policy's."""
         factor = learning_rate_factor(step, self.config)
         for group in self.optimizer.param_groups:
@@ -608,7 +467,7 @@ class PPOTrainer:
         return self.config.learning_rate * factor
 
     @contextmanager
-    def _timed(self, phase: str):
+    def timed(self, phase: str):
         """A phase under the watchdog; its seconds are among the metrics of the step around it."""
         self._boundary(phase)
         start = time.perf_counter()
@@ -616,7 +475,7 @@ class PPOTrainer:
             yield
             if self.policy.device.type == "cuda":
                 torch.cuda.synchronize(self.policy.device)
-        self._seconds[phase] = time.perf_counter() - start
+        self.phase_seconds[phase] = time.perf_counter() - start
 
 
 class A2CTrainer(PPOTrainer):

@@ -39,7 +39,7 @@ def steps(trainer, numbers: range) -> dict[str, Any]:
     found: dict[str, Any] = {"metrics": [], "ledger": []}
     for step in numbers:
         found["metrics"].append({name: value for name, value in trainer.step(step).items() if name in SHOWN})
-        found["ledger"].append([list(entry) for entry in trainer._written])
+        found["ledger"].append([list(entry) for entry in trainer.written])
     return found
 
 

@@ -17,10 +17,12 @@ from fake_hub import fake_hub
 from huggingface_hub import HfApi, constants
 from peft import LoraConfig
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
+from mmft.training.callbacks import with_state
 from mmft.training.config import A2CConfig, PPOConfig
 from mmft.training.from_trl import config_of, loading, require_known, settled
+from mmft.training.scoring import as_rewards
 from mmft.training.trainer import PPOTrainer
 from mmft.training.trl_names import GRPO, NAMES, tables
 
@@ -362,6 +364,27 @@ def test_callbacks_hear_of_every_step_and_may_end_the_run(tiny_model, tmp_path):
         ("end", 2),
     ]
     assert steps == [0, 1]
+
+
+def test_a_reward_keeps_name_credit_and_signature_when_it_is_told_the_state():
+    class Judge:
+        def __call__(self, completions, trainer_state, log_metric, **columns):
+            log_metric("n", 1.0)
+            return [float(trainer_state.global_step)]
+
+        def increments(self, pieces, **columns):
+            return pieces
+
+    state = TrainerState()
+    alone, (listed, plain) = with_state(Judge(), state), with_state([Judge(), length], state)
+    signature = as_rewards([listed], None).signature
+    state.global_step = 3
+    with pytest.warns(UserWarning, match="log_metric and log_extra log nothing here"):
+        assert alone(completions=["x"]) == listed(completions=["x"]) == [3.0]
+    assert plain is length and listed.increments("p") == "p"
+    # A resumed run compares the signature: a state in it, of as many steps as there are now, would be refused.
+    rewards = as_rewards([listed], None)
+    assert rewards.signature == signature and "TrainerState" not in signature and rewards.names == ["Judge"]
 
 
 @pytest.mark.slow
