@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mmft.cli.files import prepare
+
 _TOGETHER = 16  # files between one line of output and the next
 
 
@@ -52,6 +54,7 @@ def caption(
       mmft caption photos/images/0.jpg --model runs/caption_ppo --method sample --num 5
     """
     files = _files(pictures)
+    prepare(file)
     options = {"method": method, "num": num, "temperature": temperature, "max_new_tokens": max_new_tokens}
     options |= {"prompt": prompt, "reward": reward, "seed": seed}
     gc.disable()  # imports make a million objects, all of which stay: looking through them takes a fifth of the time

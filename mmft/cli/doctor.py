@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shlex
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +17,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mmft.cli.progress import progress
+from mmft.cli.files import prepare
+from mmft.cli.progress import Advance, progress
 from mmft.recipe import load_recipe
 
 
@@ -83,9 +86,8 @@ def check(
         own = recipe.with_suffix(".py")
         script = own if own.is_file() else f"recipes/caption_{read.algorithm.name}.py"
         following = shlex.join(["accelerate", "launch", str(script), str(recipe), *(overrides or [])])
-    _prepare(file)
-    # What libraries print while they are loaded is no part of the page.
-    with progress(None, "loading the libraries") as advance, redirect_stdout(io.StringIO()):
+    prepare(file)
+    with _working("loading the libraries") as advance:
         from mmft.training.doctor import examine  # torch and transformers: only once the recipe is sound
 
         page = examine(read, following, quick, lambda title: advance(0, f"looking at: {title.lower()}"))
@@ -113,10 +115,11 @@ def rewards(
       mmft doctor rewards recipes/caption_ppo.yaml
     """
     read = load_recipe(recipe, overrides)
-    from mmft.training.doctor import doctor_rewards  # torch and transformers: only once the recipe is sound
+    prepare(file)
+    with _working("asking the rewards"):
+        from mmft.training.doctor import doctor_rewards  # torch and transformers: only once the recipe is sound
 
-    _prepare(file)
-    report = doctor_rewards(read, rows)
+        report = doctor_rewards(read, rows)
     _show(report, not report.flagged, file)
 
 
@@ -136,23 +139,27 @@ def memory(
       mmft doctor memory recipes/caption_ppo.yaml rollout.num_generations=16
       mmft doctor memory recipes/caption_ppo.yaml --device-gib 24 --ranks 4 --zero 2
     """
+    if device_gib is not None and not 0 < device_gib < math.inf:
+        raise ValueError(f"--device-gib {device_gib:g}: expected the GPU's memory in GiB, such as 24")
     read = load_recipe(recipe, overrides)
-    from mmft.training.memory import plan_memory
+    prepare(file)
+    with _working("planning memory"):
+        from mmft.training.memory import plan_memory
 
-    _prepare(file)
-    plan = plan_memory(read, ranks, zero, device_gib, rows)
+        plan = plan_memory(read, ranks, zero, device_gib, rows)
     _show(plan, plan.fits, file)
 
 
-def _prepare(file: Path | None) -> None:
-    """Makes the folder of a file that is to be written: where that fails, it does so before the work."""
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _working(label: str) -> Iterator[Advance]:
+    """Progress. What libraries print meanwhile is no part of the result."""
+    with progress(None, label) as advance, redirect_stdout(io.StringIO()):
+        yield advance
 
 
 def _show(found: Any, fine: bool, file: Path | None) -> None:
     """Prints what a doctor found; exit code 1 where that is not fine."""
     if file:
-        file.write_text(json.dumps(found.as_dict(), indent=1))
+        file.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
     print(found.table())
     raise typer.Exit(0 if fine else 1)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmft.cli.files import prepare
+
 
 def evaluate(
     source: Annotated[
@@ -69,6 +71,7 @@ def evaluate(
     """
     writing = {"method": method, "num": num, "temperature": temperature, "max_new_tokens": max_new_tokens}
     writing |= {"reward": reward, "prompt": prompt, "seed": seed}
+    prepare(file)
     from mmft.cli.progress import progress
     from mmft.inference.evaluate import evaluate as score
     from mmft.inference.evaluate import usual_folder

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmft.cli.progress import progress
+
 
 def merge(
     run: Annotated[str, typer.Argument(metavar="RUN", help="run folder, adapter, or user/name on the Hub")],
@@ -35,13 +37,14 @@ def merge(
     from mmft.inference.merge import TOLERANCE
     from mmft.inference.merge import merge as fold
 
-    made = fold(run, folder, base=base, dtype=dtype, trust_remote_code=trust_remote_code)
+    with progress(None, "merging, loading again, comparing"):
+        made = fold(run, folder, base=base, dtype=dtype, trust_remote_code=trust_remote_code)
+    learned = f"; the adapter itself changed them by up to {made.changed:.2g}" if made.changed else ""
     size = sum(path.stat().st_size for path in made.folder.iterdir())
     print(f"{made.folder}: {size / 1e6:,.1f} MB, {made.dtype}")
     print(
         f"loaded again: {made.same} of {made.captions} greedy captions are the same; log-probs differ by at most "
-        f"{made.difference:.1g} nats (allowed {TOLERANCE[made.dtype]:g}; the adapter itself changed them by up to "
-        f"{made.changed:.2g})"
+        f"{made.difference:.1g} nats (allowed {TOLERANCE[made.dtype]:g}{learned})"
     )
     for note in made.notes:
         print(note)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mmft.cli.files import prepare
 from mmft.recipe import RecipeError
 
 app = typer.Typer(help="Shows and checks recipes, and says what may stand in one.", no_args_is_help=True)
@@ -89,4 +90,5 @@ def _give(text: str, output: Path | None) -> None:
     if output is None:
         typer.echo(text, nl=False)
     else:
+        prepare(output)
         output.write_text(text, encoding="utf-8")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mmft.cli.files import prepare
+
 Open = Annotated[bool, typer.Option("--open", help="open the page in the browser")]
 
 
@@ -38,6 +40,7 @@ def compare(
     """
     from mmft.evaluation.compare import compare_runs, write_comparison
 
+    prepare(output)
     comparison = compare_runs(runs)
     _table(comparison)
     _show(write_comparison(comparison, output or runs[0].resolve().parent / "compare.html"), open)

@@ -151,9 +151,7 @@ def summarise(per_sample: Mapping[str, np.ndarray], **options) -> dict[str, Inte
     """
     found = statistics.intervals(_statistics(per_sample), **options)
     if isinstance(per_sample, CaptionScores) and any(per_sample.word_pairs):
-        found["distinct_2"] = statistics.jackknife_interval(
-            *distinct(per_sample.word_pairs), options.get("level", 0.95)
-        )
+        found["distinct_2"] = distinct_interval(per_sample.word_pairs, options.get("level", 0.95))
     return _ordered({name: interval for name, interval in found.items() if np.isfinite(interval["mean"])})
 
 
@@ -218,6 +216,12 @@ def distinct(items: Sequence[Sequence[Hashable]]) -> tuple[float, np.ndarray]:
     lost = np.array([sum(holders[item] == 1 for item in set(row)) for row in items])
     rest = total - np.array([len(row) for row in items])
     return len(holders) / total, (len(holders) - lost) / np.maximum(rest, 1)
+
+
+def distinct_interval(items: Sequence[Sequence[Hashable]], level: float = 0.95) -> Interval:
+    """The share of different items, with the jackknife's interval as far as a share can be."""
+    found = statistics.jackknife_interval(*distinct(items), level)
+    return found | {"low": max(0.0, found["low"]), "high": min(1.0, found["high"])}
 
 
 def ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:

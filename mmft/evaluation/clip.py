@@ -41,16 +41,26 @@ def clip_score(given: Captioned, scores: Scores) -> None:
         scores.signatures[name] = f"{name}|model:{Path(given.clip).name}|prefix:{_PREFIX!r}|scale:{_SCALE}|version:1"
 
 
+def expect_clip(name: str | Path) -> None:
+    """ValueError for what is no CLIP; loads its configuration alone."""
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} is no CLIP model that transformers can load: {error}") from error
+    if kind != "clip":
+        raise ValueError(f"{name} is a model of type {kind!r}; expected 'clip'")
+
+
 class Clip:
     """A CLIP model of transformers; embeddings have length 1."""
 
     def __init__(self, name: str | Path) -> None:
-        from transformers import AutoConfig, AutoProcessor, CLIPModel
+        from transformers import AutoProcessor, CLIPModel
 
+        expect_clip(name)
         try:
-            kind = AutoConfig.from_pretrained(name).model_type
-            if kind != "clip":
-                raise ValueError(f"{name} is a model of type {kind!r}; expected 'clip'")
             self.model = CLIPModel.from_pretrained(name).eval()
             self.processor = AutoProcessor.from_pretrained(name)
         except OSError as error:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from mmft.evaluation import statistics
-from mmft.evaluation.captioning import METRICS, distinct
+from mmft.evaluation.captioning import METRICS, distinct, distinct_interval
 from mmft.evaluation.statistics import Interval, Statistic
 from reward_models import DocumentFrequencies
 
 _LEVEL = 0.95
-_FEW = 5
+_FEW = 5  # pictures; drawn again and again, fewer vary less than as many others would: no interval is better
+_NO_INTERVAL: Interval = {"low": None, "high": None}
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,18 @@ class Scores:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def summary(self, **options) -> dict[str, Interval]:
-        """Metric -> {"mean", "low", "high"} (95 %); low and high are None where there is no interval."""
+        """Metric -> {"mean", "low", "high"} (95 %); low and high are None where there is no interval: of numbers, and
+        of fewer than five pictures."""
         found = statistics.intervals(self.sums, **options) if self.sums else {}
-        for name, items in self.items.items():
-            found[name] = statistics.jackknife_interval(*distinct(items), _LEVEL)
-        found |= {name: {"mean": value, "low": None, "high": None} for name, value in self.numbers.items()}
-        return in_order({name: score for name, score in found.items() if np.isfinite(score["mean"])})
+        found |= {name: distinct_interval(items, _LEVEL) for name, items in self.items.items()}
+        found |= {name: {"mean": value} | _NO_INTERVAL for name, value in self.numbers.items()}
+        few = _NO_INTERVAL if self.pictures < _FEW else {}
+        return in_order({name: score | few for name, score in found.items() if np.isfinite(score["mean"])})
+
+    @property
+    def pictures(self) -> int:
+        """N."""
+        return len(next(iter([*self.rows.values(), *self.items.values()]), ()))
 
     def slice(self, places: np.ndarray) -> dict[str, Statistic]:
         """The sums of some pictures alone."""
@@ -88,7 +95,7 @@ def differences(other: Scores, scores: Scores, **options) -> dict[str, dict[str,
     The interval is of the paired bootstrap, p of the paired permutation test (two-sided), and p_holm is p corrected for
     the number of metrics.
     """
-    shared = other.sums.keys() & scores.sums.keys()
+    shared, few = other.sums.keys() & scores.sums.keys(), _NO_INTERVAL if scores.pictures < _FEW else {}
     found = statistics.paired_intervals(other.sums, scores.sums, **options) if shared else {}
     p_values = statistics.paired_permutation(other.sums, scores.sums)
     for name in [name for name in scores.items if name in other.items]:
@@ -99,7 +106,7 @@ def differences(other: Scores, scores: Scores, **options) -> dict[str, dict[str,
     corrected = statistics.holm(p_values)
     return in_order(
         {
-            name: {key: _finite(value) for key, value in score.items()}
+            name: {key: _finite(value) for key, value in (score | few).items()}
             | {"p": _finite(p_values[name]), "p_holm": _finite(corrected[name])}
             for name, score in found.items()
             if np.isfinite(score["mean"])
@@ -126,8 +133,7 @@ def slices(
             kinds["to_the_rest"] = statistics.separate_intervals(here, rest, **options)
         if other is not None:
             kinds["against"] = statistics.paired_intervals(other.slice(places), here, **options)
-        # Drawn again and again, a few pictures vary less than as many others would: no interval is better than that.
-        few = {"low": None, "high": None} if 0 < len(every) - len(places) < _FEW or len(places) < _FEW else {}
+        few = _NO_INTERVAL if 0 < len(every) - len(places) < _FEW or len(places) < _FEW else {}
         found[label] = {"rows": len(places)} | {
             kind: in_order(
                 {name: {key: _finite(value) for key, value in (score | few).items()} for name, score in by_name.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -22,12 +23,12 @@ def groups_of(column: str, values: Sequence[Any]) -> dict[str, np.ndarray]:
     Raises:
         ValueError: every one of many pictures has a value of its own.
     """
-    sizes = [len(value) if isinstance(value, list | tuple) else value for value in values]
+    sizes = [len(value) if isinstance(value, list | tuple) else _known(value) for value in values]
     numbers = [_number(value) for value in sizes if value is not None]
     if numbers and all(number is not None for number in numbers) and len(set(numbers)) > _FEW:
         labels = _quartiles(sizes)
     else:
-        labels = [_NONE if value in (None, "") else str(value) for value in sizes]
+        labels = [_NONE if value is None else str(value) for value in sizes]
     counted = Counter(labels).most_common()
     if len(counted) > _SHOWN:
         kept = {label for label, times in counted[: _SHOWN - 1] if times > 1}
@@ -38,11 +39,17 @@ def groups_of(column: str, values: Sequence[Any]) -> dict[str, np.ndarray]:
     return {label: np.flatnonzero([own == label for own in labels]) for label in order}
 
 
+def _known(value: Any) -> Any:
+    """None for what stands for no value: an empty cell, not-a-number."""
+    return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
+
+
 def _number(value: Any) -> float | None:
     try:
-        return None if isinstance(value, bool) else float(value)
+        number = None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return None
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _quartiles(values: Sequence[Any]) -> list[str]:

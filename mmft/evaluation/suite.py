@@ -31,7 +31,8 @@ def score(
         advance: is told after each metric.
 
     Raises:
-        ValueError: no captions, unequal lengths, an unknown metric, or one asked for by name that cannot be computed.
+        ValueError: no captions, unequal lengths, an unknown metric, or one asked for by name, or by what it alone needs
+            (a CLIP, objects), that cannot be computed.
     """
     chosen = list(SUITE) if metrics is None else known(metrics)
     if not len(given.captions):
@@ -41,14 +42,14 @@ def score(
             f"{len(given.captions)} captions, {len(given.references)} lists of references and {len(given.ids)} ids; "
             "expected as many of each"
         )
-    scores = Scores()
+    scores, asked = Scores(), {name for name in ("clip", "objects") if getattr(given, name) is not None}
     for name in chosen:
         try:
             if name not in _WITHOUT_REFERENCES and not all(given.references):
                 raise ValueError("needs references, and there are none")
             SUITE[name](given, scores)
         except ValueError as reason:
-            if metrics is not None:
+            if metrics is not None or name in asked:
                 raise ValueError(f"metric {name}: {reason}") from reason
             scores.left_out[name] = str(reason)
         advance(1)

@@ -43,11 +43,12 @@ def verdict(name: str, difference: Mapping[str, Any]) -> str:
     """What a difference comes to, in words."""
     info = metric_info(name)
     size = info.text(abs(difference["mean"]))
-    if difference["p_holm"] is None or difference["p_holm"] >= _SURE or not info.better:
+    if difference["p_holm"] is None or difference["p_holm"] >= _SURE:
         return f"{_label(name)}: a difference of {size} may well be chance (p {_p(difference['p_holm'])}, corrected)."
-    better = "better" if difference["mean"] * info.better > 0 else "worse"
+    more, less = ("better", "worse") if info.better else ("higher", "lower")
+    how = more if difference["mean"] * (info.better or 1) > 0 else less
     return (
-        f"{_label(name)}: the first is {better} by {size} ({_interval(name, difference, signed=True)}); chance alone "
+        f"{_label(name)}: the first is {how} by {size} ({_interval(name, difference, signed=True)}); chance alone "
         f"would hardly do that (p {_p(difference['p_holm'])}, corrected)."
     )
 

@@ -16,7 +16,7 @@ from mmft.data.rows import open_picture
 from mmft.inference.captioner import MAX_NEW_TOKENS, load_policy, trained_prompt
 from mmft.inference.source import Source, find_source
 from mmft.vlm.generate import decode, generate
-from mmft.vlm.load import DTYPES, resolve
+from mmft.vlm.load import DTYPES, cannot_load, resolve
 from mmft.vlm.policy import Policy
 
 # Largest difference of one token's log-prob, in nats. Half precision rounds the merged weights.
@@ -161,7 +161,11 @@ def _own_dtype(found: Source, trust_remote_code: bool) -> str:
     """The dtype that the base model's weights are kept in."""
     from transformers import AutoConfig
 
-    said = AutoConfig.from_pretrained(resolve(found.model), trust_remote_code=trust_remote_code).dtype
+    folder = resolve(found.model)
+    try:
+        said = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
+    except (OSError, ValueError) as error:
+        raise ValueError(cannot_load(found.model, folder, error).removeprefix("model.name: ")) from error
     return next((name for name, kind in DTYPES.items() if kind == said), "float32")
 
 

@@ -167,7 +167,8 @@ def _unknown_key(model: type[BaseModel], key: Key, extendable: bool) -> str:
         for other in difflib.get_close_matches(name.lower(), names, 1)
     ]
     if not near:  # right key, wrong section
-        leaves = {str(other[-1]): dotted(other) for other in _all_keys(model)}
+        # Of several sections that have such a key the first is meant: train before warm_start.
+        leaves = {str(other[-1]): dotted(other) for other in reversed(_all_keys(model))}
         near = [leaves[other] for other in difflib.get_close_matches(name.lower(), list(leaves), 1, 0.75)]
     allowed = f"xpected one of {', '.join(names)}"
     return f"got an unknown key, did you mean {near[0]}? E{allowed}" if near else f"got an unknown key, e{allowed}"

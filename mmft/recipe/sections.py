@@ -136,7 +136,10 @@ class Algorithm(Section):
     )
     vf_coef: float = Field(0.1, ge=0, description="weight of the critic's loss")
     cliprange_value: float | None = Field(
-        0.2, gt=0, description="the critic's steps are clipped to +- this, in units of reward; null = not clipped"
+        0.2,
+        gt=0,
+        description="the critic's steps are clipped to +- this, in units of reward; null = not clipped, "
+        "the default with a2c",
     )
     critic_start: Literal["fit", "zero"] = Field(
         "fit", description="the value head: fitted to the first step's returns by least squares, or zero"
@@ -152,10 +155,11 @@ class Algorithm(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_epoch_of_a2c(cls, data: Any) -> Any:
-        # A2C takes one step on fresh samples, so the PPO default of two epochs would never be what is meant.
+    def _defaults_of_a2c(cls, data: Any) -> Any:
+        # A2C takes one step on fresh samples, so the PPO default of two epochs would never be what is meant, and there
+        # is no earlier pass that a clip could keep the critic near.
         if isinstance(data, dict) and data.get("name") == "a2c":
-            return {"num_ppo_epochs": 1, **data}
+            return {"num_ppo_epochs": 1, "cliprange_value": None, **data}
         return data
 
 

@@ -59,7 +59,7 @@ class PPOConfig:
         save_steps, eval_steps: every so many steps; 0 = only at the end; below 1 a share of all.
         keep_last: checkpoints kept, beside the one of the best evaluation.
         patience: evaluations without a new best before the run ends with the best state (None = never).
-        skip_spikes: a loss more than so many times its running median is not learned from (None = it is).
+        skip_spikes: a gradient more than so many times its usual length is not learned from (None = it is).
         timeout: seconds one phase of a step may take before all processes are ended (None = for ever).
         eval_rows: at most this many rows of the evaluation set.
         eval_batch: prompts decoded together in evaluation.

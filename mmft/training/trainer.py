@@ -265,8 +265,6 @@ class PPOTrainer:
         if self._begun is None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             checkpoint = find_checkpoint(self, resume) if resume else None
-            if not self.has_recipe and self.accelerator.is_main_process:
-                describe(self, self.run_dir / "recipe.yaml")
             self.allow_change = allow_change
             with self.watchdog.phase("self-test"):
                 self._self_test()
@@ -277,6 +275,8 @@ class PPOTrainer:
                 self.before, self._begun = self.evaluate(), 0  # adapters still add nothing
             else:
                 self._begun = load_checkpoint(self, checkpoint)
+            if not self.has_recipe and self.accelerator.is_main_process:
+                describe(self, self.run_dir / "recipe.yaml")  # not before: a resume that is refused leaves all as it is
             known = self.before is not None or self.eval_dataset is None  # else nothing is evaluated of new rows yet
             if self.config.patience is not None and known and metric_of(self.before) is None:
                 raise ValueError("patience (eval.patience) needs held-out rows and a metric of which more is better")

@@ -225,6 +225,9 @@ EXTENDED = {
     ),
     "a list of bases": Broken("extends: [a.yaml]\n", "r.yaml:1", "extends", ("got a list of 1", "the path of another")),
     "extends in a section": Broken("train:\n  extends: a.yaml\n", "r.yaml:2", "train.extends", ("got an unknown key",)),
+    "key of two sections": Broken(
+        "learning_rate: 1.0\n", "r.yaml:1", "learning_rate", ("got an unknown key", "did you mean train.learning_rate?")
+    ),
     "extend": Broken("extend: a.yaml\n", "r.yaml:1", "extend", ("got an unknown key", "did you mean extends?")),
     "typo in the base": Broken(
         "extends: base.yaml\ntrain: {learning_rate: 1e-4}\n",

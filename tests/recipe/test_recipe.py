@@ -172,8 +172,11 @@ def test_dump_keeps_small_numbers(tmp_path):
     assert load_recipe(tmp_path / "r.yaml") == recipe
 
 
-def test_a2c_takes_one_epoch_by_default():
-    assert Algorithm(name="a2c").num_ppo_epochs == 1 and Algorithm().num_ppo_epochs == 2
+def test_a2c_has_defaults_of_its_own():
+    a2c, ppo = Algorithm(name="a2c"), Algorithm()
+    assert (a2c.num_ppo_epochs, a2c.cliprange_value) == (1, None)
+    assert (ppo.num_ppo_epochs, ppo.cliprange_value) == (2, 0.2)
+    assert Algorithm(name="a2c", cliprange_value=0.1).cliprange_value == 0.1
 
 
 def test_recipes_are_frozen_and_checked_when_built_in_python():

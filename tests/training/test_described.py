@@ -83,3 +83,13 @@ def test_a_run_that_no_recipe_can_say_is_told(make, tmp_path, capsys):
     describe(make(PPOConfig(cliprange=(0.2, 0.3), output_dir=str(tmp_path))), path)
     assert not path.exists()
     assert "no recipe.yaml is written" in (said := capsys.readouterr().err) and "algorithm.cliprange" in said
+
+
+def test_a_refused_resume_leaves_the_recipe_as_it_is(make, tmp_path):
+    sizes = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 3, "report_to": ()}
+    config = PPOConfig(output_dir=str(tmp_path), max_steps=1, save_steps=1, **sizes)
+    make(config).train()
+    before = (tmp_path / "recipe.yaml").read_bytes()
+    with pytest.raises(ValueError, match="made with seed 0, this run has seed 7"):
+        make(dataclasses.replace(config, seed=7)).train(resume_from_checkpoint=True)
+    assert (tmp_path / "recipe.yaml").read_bytes() == before

@@ -26,7 +26,10 @@ def look_at_rows(section: Section, recipe, parts: Parts) -> None:
         try:
             rows = rows_of(kept, split, limit)
         except (ValueError, OSError) as error:
-            section.wrong(f"split {split!r}: {error}")
+            if section.findings and section.findings[-1].text.endswith(f": {error}"):
+                section.note(f"split {split!r}: not possible, for the reason above")
+            else:
+                section.wrong(f"split {split!r}: {error}")
             continue
         setattr(parts, name, rows)
         references = rows.references()
@@ -35,12 +38,12 @@ def look_at_rows(section: Section, recipe, parts: Parts) -> None:
         _count(section, name, split, rows, references, recipe)
     if parts.held_out is not None and len(parts.held_out) < FEW:
         section.warn(
-            f"{len(parts.held_out)} held-out rows are few: hardly any difference will be told from chance",
+            f"held out are {_rows(len(parts.held_out))}, which is few: hardly any difference will be told from chance",
             f"hold out {FEW} pictures or more",
         )
     if parts.train is not None and recipe.rollout.prompts_per_step > len(parts.train):
         section.warn(
-            f"a step takes {recipe.rollout.prompts_per_step} pictures and there are {len(parts.train)}: "
+            f"a step takes {recipe.rollout.prompts_per_step} pictures, more than the {_rows(len(parts.train))}: "
             "each step sees some of them twice",
             f"rollout.prompts_per_step={max(len(parts.train) // 2, 1)}",
         )
@@ -56,13 +59,13 @@ def _count(section: Section, name: str, split: str, rows, references: list[list[
     least, most = min(counts), max(counts)
     each = f"{least}" if least == most else f"{least} to {most}"
     kind = "to learn from" if name == "train" else "held out"
-    section.fine(f"{kind} ({split}): {len(rows):,} rows{used}, {each} caption{'s' * (most != 1)} each")
+    section.fine(f"{kind} ({split}): {_rows(len(rows))}{used}, {each} caption{'s' * (most != 1)} each")
     skipped = getattr(rows, "skipped", {})
     section.numbers[name]["skipped"] = len(skipped)
     if skipped:
         some = "\n".join(f"  {why}" for why in list(skipped.values())[:3])
         more = f"\n  … and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-        text = f"{len(skipped)} row{'s' * (len(skipped) != 1)} of {split} cannot be used:\n{some}{more}"
+        text = f"{_rows(len(skipped))} of {split} cannot be used:\n{some}{more}"
         if recipe.data.bad_rows == "skip":
             section.warn(text, "they are left out (data.bad_rows: skip)")
         else:
@@ -79,6 +82,10 @@ def _count(section: Section, name: str, split: str, rows, references: list[list[
             f"{times / sum(counts):.0%} of the captions of {split} are the same: {text!r}",
             "a model that always says this will score well; look at the captions",
         )
+
+
+def _rows(number: int) -> str:
+    return f"{number:,} row{'s' * (number != 1)}"
 
 
 # ---------------------------------------------------------------- pictures

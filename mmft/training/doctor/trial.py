@@ -152,23 +152,22 @@ def _what_learns(section: Section, policy) -> None:
 
 
 def _time(section: Section, recipe, trainer, tested: float) -> None:
-    """How long the run will take, by a step and some captions; what the step shows of the model."""
-    config = trainer.config
+    """How long the run will take, by some captions and a step, in a run's order; what they show of the model."""
+    config, held_out = trainer.config, trainer.eval_dataset
+    config.eval_rows = min(EVALUATED, config.eval_rows)
+    began = time.perf_counter()
+    evaluation = trainer.evaluate()  # before a step changes what it says
+    rows = min(recipe.eval.rows, len(held_out))
+    evaluating = (time.perf_counter() - began) * rows / len(evaluation.texts)
     every = config.num_mini_batches  # pictures of a step come in multiples of it
     possible = int(PATIENCE / max(tested * _passes(trainer), 1e-9) * config.prompts_per_step) // every * every
     config.prompts_per_step = min(max(possible, every), config.prompts_per_step)
-    share, seconds = config.prompts_per_step / recipe.rollout.prompts_per_step, float("inf")
-    for step in (1, 2):  # the first one also fits the critic and fills caches
-        metrics = trainer.step(step)
-        seconds = min(seconds, metrics["seconds"])
-        if metrics["seconds"] > PATIENCE / 6:
-            break
+    share = config.prompts_per_step / recipe.rollout.prompts_per_step
+    metrics = trainer.step(1)
+    seconds = metrics["seconds"]
+    if seconds <= PATIENCE / 6:  # the first one also fits the critic and fills caches
+        seconds = min(seconds, trainer.step(2)["seconds"])
     seconds /= share
-    held_out, config.eval_rows = trainer.eval_dataset, min(EVALUATED, config.eval_rows)
-    began = time.perf_counter()
-    evaluation = trainer.evaluate()
-    rows = min(recipe.eval.rows, len(held_out))
-    evaluating = (time.perf_counter() - began) * rows / len(evaluation.texts)
     steps = recipe.train.steps
     times = 2 + ((steps - 1) // recipe.eval.every if recipe.eval.every else 0)
     whole = steps * seconds + times * evaluating
