@@ -60,6 +60,8 @@ def load_reward(
             f"unknown reward {name!r}; {hint}There are {', '.join(BUILT_IN)}, and your own as "
             "'package.module:function' or 'path/to/file.py:function'"
         )
+    from reward_models.own import check_options
+
     if timeout is not None:
         options = {**options, "timeout": timeout}
     kind = built_in(name)
@@ -67,6 +69,7 @@ def load_reward(
         if "path" not in options:
             raise ValueError("option 'path' is missing: the folder of a trained preference head")
         return kind.load(**options)
+    check_options(name, kind, options)
     if name in _NEEDS_DF or getattr(kind, "needs_training", False):
         return kind(_required(df), **options)
     if name in ("bleu", "rouge_l") and df is not None:
@@ -96,5 +99,8 @@ def with_increments() -> list[str]:
 
 def _required(df: DocumentFrequencies | None) -> DocumentFrequencies:
     if df is None:
-        raise ValueError("document frequencies are needed (df=...): DocumentFrequencies.from_references(training refs)")
+        raise ValueError(
+            "document frequencies are needed, which tell how rare a word is in the training captions, and they are not "
+            "known here (df=DocumentFrequencies.from_references(captions))"
+        )
     return df

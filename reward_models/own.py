@@ -58,7 +58,7 @@ def load_function(path: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     if not callable(function):
         near = difflib.get_close_matches(attribute, dir(module), n=1)
         raise ValueError(f"{source} has no function {attribute!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    _check_options(attribute, function, options)
+    check_options(attribute, function, options)
     if isinstance(function, type):
         made = function(**options)
         if not callable(made):
@@ -82,7 +82,8 @@ def load_function(path: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     return bound
 
 
-def _check_options(attribute: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def check_options(attribute: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that a function, or the constructor of a class, has no parameter for."""
     try:
         names = _parameters(function)
     except (TypeError, ValueError):  # written in C

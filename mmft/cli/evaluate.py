@@ -47,6 +47,9 @@ def evaluate(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="what an adapter stands on, where it cannot know")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")
+    ] = False,
     clip: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="a CLIP model: is the caption like the picture?")
     ] = None,
@@ -87,6 +90,7 @@ def evaluate(
         against=against,
         slice_by=slice_by or (),
         base=base,
+        trust_remote_code=trust_remote_code,
         clip=clip,
         objects=objects,
         allow_missing=allow_missing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -31,7 +32,11 @@ def progress(total: int | None, label: str) -> Iterator[Advance]:
     if total is not None:
         columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    # What is printed meanwhile goes above the bar, on standard error; unless results are sent to a file or a pipe.
+    above = sys.stdout.isatty()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=above
+    ) as bar:
         task = bar.add_task(label, total=total)
 
         def advance(n: int = 1, label: str | None = None) -> None:

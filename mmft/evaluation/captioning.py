@@ -160,10 +160,8 @@ def compare(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], *
     found = statistics.paired_intervals(_statistics(before), _statistics(after), **options)
     if isinstance(before, CaptionScores) and isinstance(after, CaptionScores):
         if any(before.word_pairs) and any(after.word_pairs):
-            (old, old_out), (new, new_out) = distinct(before.word_pairs), distinct(after.word_pairs)
             level = options.get("level", 0.95)
-            found["distinct_2"] = statistics.jackknife_interval(new - old, new_out - old_out, level)
-            found["distinct_2"]["relative"] = (new - old) / old
+            found["distinct_2"] = distinct_difference(before.word_pairs, after.word_pairs, level)
     return _ordered({name: interval for name, interval in found.items() if np.isfinite(interval["mean"])})
 
 
@@ -222,6 +220,16 @@ def distinct_interval(items: Sequence[Sequence[Hashable]], level: float = 0.95) 
     """The share of different items, with the jackknife's interval as far as a share can be."""
     found = statistics.jackknife_interval(*distinct(items), level)
     return found | {"low": max(0.0, found["low"]), "high": min(1.0, found["high"])}
+
+
+def distinct_difference(
+    before: Sequence[Sequence[Hashable]], after: Sequence[Sequence[Hashable]], level: float = 0.95
+) -> Interval:
+    """after - before, likewise, with "relative"; row i is the same picture."""
+    (old, old_out), (new, new_out) = distinct(before), distinct(after)
+    found = statistics.jackknife_interval(new - old, new_out - old_out, level)
+    found |= {"low": max(-1.0, found["low"]), "high": min(1.0, found["high"])}
+    return found | {"relative": (new - old) / old if old else None}
 
 
 def ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:

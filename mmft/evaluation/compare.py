@@ -25,15 +25,19 @@ from mmft.evaluation.gallery import (
     clip,
     credit_scale,
     data_uri,
+    is_credited,
     picture_path,
     words_of,
 )
-from mmft.evaluation.report import interval_text, scores_of_run, write_page
+from mmft.evaluation.groups import LEAST
+from mmft.evaluation.report import interval_text, scores_of_run, without_intervals, write_page
 from mmft.evaluation.run_files import RunFiles, read_run_files
 
 MOST_RUNS = 6  # colours that can be told apart
 _APART, _FIRST = 8, 8  # pictures shown: where the runs are furthest apart, and the first of the others
 _UNCOMPARED = ("output.",)  # keys of a recipe that say where, not what
+
+_OTHER_REWARDS = "The rewards of {} and {} are put together differently: their sums are no comparison."
 
 
 @dataclass
@@ -105,7 +109,7 @@ def compare_runs(folders: Sequence[str | os.PathLike[str]]) -> Comparison:
     notes = []
     for name, run, side in zip(names, runs, scores, strict=True):
         if not side["after"]:
-            notes.append(f"{name} has no held-out result yet.")
+            notes.append(f"{name} has no held-out result{'' if run.finished else ' yet'}.")
         elif not run.finished:
             notes.append(f"{name} is not finished: its captions are those of step {run.shown_step}.")
     paired: list[dict[str, Any]] = []
@@ -148,7 +152,7 @@ def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> Pa
         charts=overlaid(comparison),
         gallery=cards,
         metric=metric_info(main).label if main else "",
-        credited=any(word.earned for _, group in cards for card in group for c in card.captions for word in c.words),
+        credited=is_credited(cards),
     )
     return path
 
@@ -166,6 +170,10 @@ def _verdicts(names: Sequence[str], rows: Sequence[Row]) -> list[Finding]:
     info, found = metric_info(row.name), []
     for name, change in zip(names[1:], row.change, strict=True):
         if not is_number(change.get("mean")):
+            continue
+        if not is_number(change.get("low")):
+            what = f"{info.label}: {info.text(change['mean'], True)}"
+            found.append(Finding("open", f"{name} and {names[0]} share too few pictures to tell them apart in {what}."))
             continue
         low, high = sorted((info.better or 1) * change[end] for end in ("low", "high"))
         state, verdict = ("good", "better than") if low > 0 else ("bad", "worse than") if high < 0 else (
@@ -188,26 +196,44 @@ def _differences(first: RunFiles, other: RunFiles, one: str, two: str) -> tuple[
         return {}, [f"{one} and {two} were scored on different pictures: their scores are no comparison."]
     notes = []
     if len(shared) < max(len(mine), len(theirs)):
-        notes.append(f"Differences of {two} are over the {len(shared)} pictures that {one} was scored on, too.")
-    columns = [
-        findings.columns_of([side[i] for i in shared], "scores_after") for side in (mine, theirs)
-    ]  # fmt: skip
+        notes.append(
+            f"Differences of {two} are over the {len(shared)} pictures that {one} was scored on, too; the scores of a "
+            "run are over all of its own, and distinct word pairs are fewer among more captions."
+        )
+    here, there = (findings.columns_of([side[i] for i in shared], "scores_after") for side in (mine, theirs))
+    here = {name: values for name, values in here.items() if name in there}
+    alike = {key: first.settings().get(key) == other.settings().get(key) for key in ("data", "rewards")}
+    # How it scores is written down at the end of a run; before, equal data and rewards are what can be known.
+    if first.finished and other.finished:
+        notes += _drop_incomparable(here, first, other, one, two)
+    elif not alike["data"]:
+        return {}, [*notes, f"Whether {one} and {two} are scored alike is known when both are finished: no comparison."]
+    elif not alike["rewards"]:
+        notes.append(_OTHER_REWARDS.format(one, two))
+        here = {name: values for name, values in here.items() if not name.startswith("reward")}
+    change = captioning.compare(here, there)
+    return without_intervals(change) if len(shared) < LEAST else change, notes
+
+
+def _drop_incomparable(scores: dict[str, Any], first: RunFiles, other: RunFiles, one: str, two: str) -> list[str]:
+    """Takes out of the scores what the other run computes in another way; what that is, in words."""
+    notes = []
     signatures = [run.summary.get("signatures") or {} for run in (first, other)]
     rewards = [
         (run.settings().get("rewards"), {k: v for k, v in said.items() if k.startswith("reward ")})
         for run, said in zip((first, other), signatures, strict=True)
     ]
-    for name in [name for name in columns[0] if name in columns[1]]:
+    for name in list(scores):
         known = [s.get(f"held-out {name}") or s.get(name.replace("reward/", "reward ")) for s in signatures]
         known = [str(text).partition(": ")[2] or text for text in known]  # the weight of a part is no matter
         if name == "reward" and rewards[0] != rewards[1]:
-            notes.append(f"The rewards of {one} and {two} are put together differently: their sums are no comparison.")
+            notes.append(_OTHER_REWARDS.format(one, two))
         elif known[0] != known[1]:
             notes.append(f"{_label(name)} is computed differently in {one} and {two}: no comparison.")
         else:
             continue
-        del columns[0][name]
-    return captioning.compare(*columns), notes
+        del scores[name]
+    return notes
 
 
 def different_settings(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WIDTH, HEIGHT = 360, 170  # of the viewBox
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 54, 18, 10, 24
 MOST_POINTS = 240  # per line; more cannot be told apart at this size
 HIT_POINTS = 60  # per line, with a hover title
+_FLAT = 1e-4  # a change by a smaller share is drawn as none; its ticks would have too many digits to be read
 _PEAK, _ROOM, _USUAL = 8.0, 3.0, 0.9  # a value past 8 times what nine in ten stay below is cut off at 3 times that
 
 Points = list[tuple[float, float]]
@@ -85,9 +86,10 @@ def chart(
     ceiling = None if band or marked else _ceiling(values)
     if ceiling is not None:
         note = f"{note} Peaks are cut off; the highest is {short(max(values))}.".strip()
-    least, most = max(min(values), -math.inf if floor is None else floor), max(values) if ceiling is None else ceiling
+    least = max(min(values), -math.inf if floor is None else floor)
+    most = max(least, max(values) if ceiling is None else ceiling)
     to_x, x_ticks = _x_axis(lines)
-    to_y, y_ticks = _y_axis(least, max(least, most))
+    to_y, y_ticks = _y_axis(least, most)
     areas = []
     if len(edges) > 1:
         upper = [(x, y + w) for x, y, w in edges]
@@ -165,9 +167,9 @@ def _x_axis(lines: Sequence[tuple[str, Points]]):
 
 
 def _y_axis(low: float, high: float):
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        pad = abs(high) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+    if high - low < _FLAT * max(abs(low), abs(high)) or high == low:
+        pad = abs(high) * 0.1
+        low, high = low - pad, high + (pad or 1.0)
     ticks = _round_ticks(low, high, 4)
     # Lines do not touch the frame; the ticks may reach past them.
     room = 0.04 * (high - low)
@@ -183,7 +185,7 @@ def _labels(ticks: Sequence[float]) -> list[str]:
     """Ticks in so many digits that no two look alike."""
     labels = [short(tick) for tick in ticks]
     if len(set(labels)) < len(labels):
-        decimals = 1 - math.floor(math.log10(ticks[1] - ticks[0]))
+        decimals = -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-6)
         labels = [f"{tick:.{max(0, decimals)}f}".replace("-", "−") for tick in ticks]
     return labels
 

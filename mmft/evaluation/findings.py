@@ -13,7 +13,7 @@ import numpy as np
 
 from mmft.evaluation.captioning import compare, distinct, metric_info, summarise
 from mmft.evaluation.curves import is_number
-from mmft.evaluation.groups import Group, scores_of
+from mmft.evaluation.groups import LEAST, Group, scores_of
 from reward_models.metrics.text import simple
 
 SIDES = ("before", "after")
@@ -60,21 +60,41 @@ def headline(summary: Mapping[str, Any], step: int | None = None, finished: bool
     if step is not None:
         moved = f"So far, after step {step}: {moved[0].lower()}{moved[1:]}"
     if not span:
-        return Finding("open", f"{moved} There is no interval, so this may be luck.")
+        return Finding("open", f"{moved} {_no_interval(summary)}, so this may be luck.")
     ends = {"good": ": more than the choice of pictures explains.", "bad": ".", "open": ", zero included."}
     return Finding(state, f"{verdict} {moved} 95 % interval of the difference: {span}{ends[state]}")
 
 
 def _verdict(summary: Mapping[str, Any], name: str) -> tuple[str, str]:
     """State of a metric's difference, and the same in words."""
-    change = (summary.get("difference") or {}).get(name) or {}
-    low, high, better = change.get("low"), change.get("high"), metric_info(name).better or 1
-    if is_number(low) and is_number(high):
-        if (low if better > 0 else -high) > 0:
+    found, better = _interval(summary, name), metric_info(name).better or 1
+    if found:
+        low, high = sorted(better * end for end in found)
+        if low > 0:
             return "good", "It got better."
-        if (high if better > 0 else -low) < 0:
+        if high < 0:
             return "bad", "It got worse."
     return "open", "No clear change."
+
+
+def _interval(summary: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """Of a metric's difference; None where there is none, or too few pictures for it to mean anything."""
+    change = (summary.get("difference") or {}).get(name) or {}
+    low, high = change.get("low"), change.get("high")
+    return (low, high) if is_number(low) and is_number(high) and not too_few(summary) else None
+
+
+def too_few(summary: Mapping[str, Any]) -> bool:
+    """Whether so few pictures were scored that a bootstrap of them is sure of anything; of one, its interval is 0."""
+    rows = summary.get("rows")
+    return is_number(rows) and rows < LEAST
+
+
+def _no_interval(summary: Mapping[str, Any]) -> str:
+    if not too_few(summary):
+        return "There is no interval"
+    rows = summary["rows"]
+    return f"{rows} held-out picture{'s are' if rows != 1 else ' is'} too few for an interval (it takes {LEAST})"
 
 
 def _movement(summary: Mapping[str, Any], name: str) -> str:
@@ -89,9 +109,8 @@ def _movement(summary: Mapping[str, Any], name: str) -> str:
 
 def _span(summary: Mapping[str, Any], name: str) -> str:
     """The interval of a metric's difference in words; nothing where there is none."""
-    change, info = (summary.get("difference") or {}).get(name) or {}, metric_info(name)
-    low, high = change.get("low"), change.get("high")
-    return f"{info.text(low, True)} to {info.text(high, True)}" if is_number(low) and is_number(high) else ""
+    found, info = _interval(summary, name), metric_info(name)
+    return f"{info.text(found[0], True)} to {info.text(found[1], True)}" if found else ""
 
 
 @dataclass
@@ -131,7 +150,7 @@ def in_short(
         "bad": f"No, it got worse: held-out {info.label} fell.",
         "open": f"Not clearly: the interval of the difference in {info.label} includes zero."
         if span
-        else f"Nobody knows: there is no interval for {info.label}.",
+        else f"Nobody knows. {_no_interval(scores)}.",
     }[state]
     much = f"{info.label} {_movement(scores, name)}" + (f"; 95 % interval {span}" if span else "")
     return [
@@ -176,7 +195,7 @@ def _worse(groups: Sequence[Group], moved: Finding | None, info) -> Answer:
 
 def honesty(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Whether the gain is real, with what the guards said while the run went on."""
-    return checks(summary, metrics) + warnings(summary.get("alarms") or [])
+    return checks(summary, metrics) + warnings(summary.get("alarms") or [], summary.get("rolled_back_to"))
 
 
 def checks(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -217,9 +236,14 @@ def checks(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
     return found + _collapse(metrics)
 
 
-def warnings(alarms: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """What guards and diagnoses said while the run went on, each with its first words and how often it spoke."""
-    ends = {"stop": "; training was stopped", "rollback": "; training ended with the best evaluated weights"}
+def warnings(alarms: Sequence[Mapping[str, Any]], rolled_back_to: int | None = None) -> list[Finding]:
+    """What guards and diagnoses said while the run went on, each with its first words and how often it spoke.
+
+    Args:
+        rolled_back_to: the step whose weights the run ended with, where a guard put them back.
+    """
+    back = "" if rolled_back_to is None else f" with the weights of step {rolled_back_to}, the best evaluated"
+    ends = {"stop": "; training was stopped", "rollback": f"; training ended{back}"}
     spoke: dict[str, list[Mapping[str, Any]]] = {}
     for alarm in alarms:
         spoke.setdefault(str(alarm.get("guard")), []).append(alarm)

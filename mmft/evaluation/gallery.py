@@ -100,6 +100,11 @@ def gallery(
     ]
 
 
+def is_credited(groups: Sequence[tuple[str, Sequence[Card]]]) -> bool:
+    """Whether any caption says what its words earned."""
+    return any(word.earned for _, cards in groups for card in cards for c in card.captions for word in c.words)
+
+
 def _card(folder: Path, sample: Mapping[str, Any], budget: list[int], scale: float, name: str | None, now: str) -> Card:
     sides = [("before", "before", "after"), (now, "after", "before")]
     if sample.get("after") is None:
@@ -124,7 +129,7 @@ def card_scores(sides: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
     lines = []
     for n in names[:_SCORES]:
         info = metric_info(n)
-        label = f"reward: {n.partition('/')[2].replace('_', ' ')}" if "/" in n else info.label.split(",")[0]
+        label = f"reward: {info.label}" if "/" in n else info.label.split(",")[0]
         lines.append((label, [info.text(side[n] if is_number(side.get(n)) else None) for side in sides]))
     return lines
 

@@ -20,7 +20,7 @@ from mmft.evaluation import curves, findings
 from mmft.evaluation.captioning import METRICS, metric_info
 from mmft.evaluation.charts import charts
 from mmft.evaluation.curves import is_number
-from mmft.evaluation.gallery import gallery
+from mmft.evaluation.gallery import gallery, is_credited
 from mmft.evaluation.groups import Group, groups_of
 from mmft.evaluation.run_files import RunFiles, read_run_files
 
@@ -61,15 +61,23 @@ def _templates() -> Environment:
     return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def scores_of_run(run: RunFiles) -> dict[str, dict[str, Any]]:
-    """before, after and difference: as the summary has them, and what else can be had from the samples."""
+def scores_of_run(run: RunFiles) -> dict[str, Any]:
+    """before, after and difference: as the summary has them, and what else can be had from the samples; rows scored."""
     sampled, order = findings.sample_summary(run.samples) if run.every else {}, list(METRICS)
-    found = {}
+    found: dict[str, Any] = {}
     for side in ("before", "after", "difference"):
         scores = (sampled.get(side) or {}) | (run.summary.get(side) or {})
         names = sorted(scores, key=lambda name: order.index(name) if name in order else len(order))
         found[side] = {name: scores[name] for name in names}
+    found["rows"] = run.summary.get("rows", sum(bool(s.get("scores_after")) for s in run.samples))
+    if findings.too_few(found):
+        found["difference"] = without_intervals(found["difference"])
     return found
+
+
+def without_intervals(change: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Differences of so few pictures that only their means are worth a look."""
+    return {name: {k: v for k, v in d.items() if k not in ("low", "high")} for name, d in change.items()}
 
 
 def _contents(run: RunFiles) -> dict[str, Any]:
@@ -82,12 +90,13 @@ def _contents(run: RunFiles) -> dict[str, Any]:
     checks = findings.checks(scores, run.metrics)
     groups = groups_of(every, name) if name else []
     moved = findings.moved_pictures(every, name) if name else None
+    cards = gallery(run.folder, run.samples, name, "after" if step is None else f"after step {step}")
     return {
         "title": run.name,
         "state": _state(run),
         "headline": findings.headline(scores, step, run.finished),
         "short": findings.in_short(scores, checks, run.alarms, groups, moved, step),
-        "warnings": findings.warnings(run.alarms),
+        "warnings": findings.warnings(run.alarms, run.summary.get("rolled_back_to")),
         "checks": checks,
         "moved": moved,
         "groups": _group_rows(groups, name),
@@ -95,8 +104,8 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "words": findings.words_moved(every),
         "table": _table(scores),
         "charts": charts(run.metrics, scores),
-        "gallery": gallery(run.folder, run.samples, name, "after" if step is None else f"after step {step}"),
-        "credited": any(s.get("credit_before") or s.get("credit_after") for s in run.samples),
+        "gallery": cards,
+        "credited": is_credited(cards),
         "metric": metric_info(name).label if name else "",
         "recipe": run.recipe,
         "signatures": _flat(run.summary.get("signatures")),
@@ -178,7 +187,9 @@ def _state(run: RunFiles) -> str:
     steps = f"{run.steps} steps" if run.metrics else "no steps yet"
     seconds = run.summary.get("seconds")
     if is_number(seconds):
-        return f"{steps}, {seconds / 60:.1f} minutes in all"
+        back = run.summary.get("rolled_back_to")
+        kept = f"; the weights are those of step {back}, the best evaluated" if is_number(back) else ""
+        return f"{steps}, {seconds / 60:.1f} minutes in all{kept}"
     planned = (run.settings().get("train") or {}).get("steps")
     if run.metrics and is_number(planned):
         steps = f"{run.steps} of {planned} steps"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmft.evaluation import statistics
-from mmft.evaluation.captioning import METRICS, distinct, distinct_interval
+from mmft.evaluation.captioning import METRICS, distinct_difference, distinct_interval
 from mmft.evaluation.statistics import Interval, Statistic
 from reward_models import DocumentFrequencies
 
@@ -99,9 +99,7 @@ def differences(other: Scores, scores: Scores, **options) -> dict[str, dict[str,
     found = statistics.paired_intervals(other.sums, scores.sums, **options) if shared else {}
     p_values = statistics.paired_permutation(other.sums, scores.sums)
     for name in [name for name in scores.items if name in other.items]:
-        (old, old_out), (new, new_out) = distinct(other.items[name]), distinct(scores.items[name])
-        found[name] = statistics.jackknife_interval(new - old, new_out - old_out, _LEVEL)
-        found[name]["relative"] = (new - old) / old if old else None
+        found[name] = distinct_difference(other.items[name], scores.items[name], _LEVEL)
         p_values[name] = _distinct_p(other.items[name], scores.items[name])
     corrected = statistics.holm(p_values)
     return in_order(

@@ -48,11 +48,7 @@ def push(
         ValueError: the run is not finished, or should not be published as it is.
         PublishError: the Hub could not be reached or refused, after a bounded number of attempts.
     """
-    from huggingface_hub.utils import validate_repo_id
-
-    if "/" not in repository:
-        raise ValueError(f"{repository!r} is no repository on the Hub; expected user/name")
-    validate_repo_id(repository)
+    _expect_repository(repository)
     if dry_run is not None:
         files = make_folder(run_folder, dry_run, repository, **options)
         print("\n".join(sizes(Path(dry_run), files)))
@@ -61,6 +57,15 @@ def push(
         files = make_folder(run_folder, folder, repository, **options)
         print("\n".join(sizes(Path(folder), files)), flush=True)
         return upload(Path(folder), files, repository, private)
+
+
+def _expect_repository(name: str) -> None:
+    """ValueError for what can be no repository's name."""
+    from huggingface_hub.utils import validate_repo_id
+
+    if "/" not in name:
+        raise ValueError(f"{name!r} is no repository on the Hub; expected user/name")
+    validate_repo_id(name)
 
 
 def upload(folder: Path, files: list[Path], repository: str, private: bool, message: str = _MESSAGE) -> str:
@@ -82,6 +87,7 @@ def pull(repository: str, folder: str | Path, revision: str | None = None) -> st
     """
     from huggingface_hub import HfApi
 
+    _expect_repository(repository)
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; name a new folder")

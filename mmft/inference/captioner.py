@@ -195,7 +195,10 @@ class Captioner:
         from mmft.training.rollout import reward_arguments
         from mmft.training.scoring import as_rewards
 
-        rewards = as_rewards(reward, None)
+        try:
+            rewards = as_rewards(reward, None)
+        except ValueError as error:
+            raise ValueError(f"best-of by {reward!r}: {error}") from error
 
         def choose(prompts: PromptBatch, responses: Responses, mean: Tensor) -> Responses:
             arguments = reward_arguments(prompts, decode(self.policy, responses), responses)

@@ -10,18 +10,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmft.evaluation.clip import expect_clip
 from mmft.evaluation.coco_files import write_predictions
 from mmft.evaluation.scores import Captioned
 from mmft.evaluation.slices import groups_of
 from mmft.evaluation.suite import SUITE, known, score
-from mmft.inference.evaluation_captions import Captions, Progress, Reader, expect, is_predictions, opened
+from mmft.inference.evaluation_captions import (
+    DRAWN,
+    Captions,
+    Progress,
+    Reader,
+    expect,
+    is_predictions,
+    opened,
+    rewards_to_choose_by,
+)
 from mmft.inference.evaluation_pictures import Pictures, first, from_file, from_folder, from_rows, rows_for
-from mmft.inference.evaluation_result import Evaluation, Side
+from mmft.inference.evaluation_result import FILES, Evaluation, Side
 
 if TYPE_CHECKING:
     from mmft.inference.captioner import Captioner
@@ -44,6 +55,7 @@ def evaluate(
     against: str | Path | Captioner | None = None,
     slice_by: Sequence[str] = (),
     base: str | Path | None = None,
+    trust_remote_code: bool = False,
     clip: str | Path | None = None,
     objects: str | Path | None = None,
     allow_missing: bool = False,
@@ -65,36 +77,45 @@ def evaluate(
         against: another source for the same pictures.
         slice_by: columns of the data.
         base: the model that an adapter stands on.
+        trust_remote_code: run Python code that comes with the models.
         clip: a CLIP model.
         objects: file of objects for the CHAIR metrics, one a line: a word, its synonyms, separated by commas.
         allow_missing: pictures without a prediction are left out.
         output: a folder to save everything in, or what makes it of the settings (`usual_folder`).
         writing: of `Captioner.write`: method, num, temperature, max_new_tokens, prompt, seed, and reward, which may be
-            "run": the rewards of the run's recipe.
+            "run": the rewards of the source's recipe, for both sides.
 
     Raises:
         ValueError: whatever of this is missing, unknown or does not go together.
     """
     metrics = None if metrics is None else known(metrics)
     words = None if objects is None else read_objects(objects)
-    if writing and all(is_predictions(it) for it in (source, against) if it is not None):
-        raise ValueError(f"{', '.join(writing)}: of no use for captions that are written already; expected a model")
-    main = opened(source, base)
+    _of_use([it for it in (source, against) if it is not None], writing, metrics, {"clip": clip, "objects": objects})
+    if split is not None and (references is not None or pictures_in is not None):
+        raise ValueError("--split: only a data set has splits; expected --data in place of --references or --pictures")
+    _spare(output, source, against, references)
+    if clip is not None:
+        expect_clip(clip)
+    main = opened(source, base, trust_remote_code)
     pictures = _pictures(main, data, split, rows, references, pictures_in)
     columns = pictures.columns(slice_by)
     groups = {name: groups_of(name, values) for name, values in columns.items()}  # before hours of captioning
-    read = Reader(pictures, writing, data is not None, allow_missing, progress)
+    if not (isinstance(main, Path) or against is None or is_predictions(against)):
+        writing.setdefault("max_new_tokens", main.max_new_tokens)  # both sides may write as much
+    rewards = rewards_to_choose_by(main) if writing.get("reward") == "run" and not isinstance(main, Path) else None
+    read = Reader(pictures, writing, data is not None, allow_missing, progress, rewards)
     other = Captions("", ()) if against is None else read(opened(against)) if is_predictions(against) else None
     if other is None and isinstance(against, str | Path):
         expect(against)
     sides = [read(main)]
     del main  # its memory, before the second one takes as much
     if against is not None:
-        sides.append(other or read(opened(against)))
+        sides.append(other or replace(read, other_data=True)(opened(against, None, trust_remote_code)))
     kept = [i for i in range(len(pictures.ids)) if all(side.texts[i] is not None for side in sides)]
     if not kept:
         raise ValueError(f"no picture has a caption in both {sides[0].name} and {sides[-1].name}")
-    settings = {"source": sides[0].name, "data": pictures.name} | sides[0].settings
+    settings = {"source": sides[0].name, "data": pictures.name} | ({} if rows is None else {"rows": rows})
+    settings |= sides[0].settings
     output = output(settings) if callable(output) else output
     training = next((side.training for side in sides if side.training is not None), None)
     given = [side.given(pictures, kept, columns, training=training, objects=words, clip=clip) for side in sides]
@@ -107,6 +128,35 @@ def evaluate(
     if output is not None:
         found.folder = found.save(output)
     return found
+
+
+def _of_use(
+    sources: Sequence[Any], writing: Mapping[str, Any], metrics: Sequence[str] | None, needed: Mapping[str, Any]
+) -> None:
+    """ValueError for options that would change nothing: somebody who gives them believes that they do.
+
+    Args:
+        needed: metric -> what it alone reads.
+    """
+    if writing and all(map(is_predictions, sources)):
+        raise ValueError(f"{', '.join(writing)}: of no use for captions that are written already; expected a model")
+    method = writing.get("method", "greedy")
+    odd = [name for name in DRAWN if name in writing]
+    if odd and method in ("greedy", "beam"):
+        raise ValueError(f"{', '.join(odd)}: nothing is drawn by method {method!r}; expected 'sample' or 'best-of'")
+    for name, value in needed.items():
+        if value is not None and metrics is not None and name not in metrics:
+            raise ValueError(f"--{name}: only the metric {name} reads it; expected it among --metrics")
+
+
+def _spare(output: Any, *inputs: Any) -> None:
+    """ValueError where saving would put other captions in the place of those that are read."""
+    if not isinstance(output, str | Path):
+        return
+    written = {(Path(output) / name).resolve() for name in FILES}
+    for file in (it for it in inputs if is_predictions(it)):
+        if Path(file).resolve() in written:
+            raise ValueError(f"--output {output}: {file} would be written over; expected another folder")
 
 
 @contextmanager
@@ -134,7 +184,8 @@ def _among(groups: Mapping[str, Mapping[str, np.ndarray]], kept: Sequence[int]) 
 
 
 def usual_folder(settings: Mapping[str, Any]) -> Path | None:
-    """Where an evaluation is kept: in the run, a folder for each split and method; nowhere for a file of predictions.
+    """Where an evaluation is kept: in the run, a folder for each split, number of rows that was asked for, and method;
+    nowhere for a file of predictions.
 
     That of a model that is no run of ours lies in a folder ``evaluation`` where the user is.
     """
@@ -143,7 +194,8 @@ def usual_folder(settings: Mapping[str, Any]) -> Path | None:
         return None
     here = Path(source).expanduser()
     root = next((place for place in (here, here.parent) if (place / "recipe.yaml").is_file()), None)
-    parts = [settings["data"].replace(", ", "-").strip("/."), settings["method"], settings.get("num")]
+    part = f"first{settings['rows']}" if "rows" in settings else None
+    parts = [settings["data"].replace(", ", "-").strip("/."), part, settings["method"], settings.get("num")]
     name = "-".join(str(part) for part in ([] if root else [here.name]) + parts if part)
     return (root or Path()) / "evaluation" / re.sub(r"[^\w.-]+", "_", name)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mmft.inference.captioner import Captioner
 
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], Any]]]  # total, label -> advance(n)
-_DRAWS = {"temperature": 1.0, "seed": 0}  # of `Captioner.write`
+DRAWN = {"temperature": 1.0, "seed": 0}  # of `Captioner.write`
 
 
 def is_predictions(source: Any) -> bool:
@@ -24,7 +24,9 @@ def is_predictions(source: Any) -> bool:
     return isinstance(source, str | Path) and str(source).endswith(".json")
 
 
-def opened(source: str | Path | Captioner, base: str | Path | None = None) -> Path | Captioner:
+def opened(
+    source: str | Path | Captioner, base: str | Path | None = None, trust_remote_code: bool = False
+) -> Path | Captioner:
     """A file of predictions, or a model ready to write."""
     if is_predictions(source):
         if not Path(source).is_file():
@@ -34,7 +36,7 @@ def opened(source: str | Path | Captioner, base: str | Path | None = None) -> Pa
         return source
     from mmft.inference.captioner import Captioner
 
-    return Captioner(source, base=base)
+    return Captioner(source, base=base, trust_remote_code=trust_remote_code)
 
 
 def expect(source: str | Path) -> None:
@@ -87,9 +89,10 @@ class Reader:
 
     pictures: Pictures
     writing: dict[str, Any]
-    other_data: bool  # than the model was trained on
+    other_data: bool  # than those that the model was trained on, perhaps
     allow_missing: bool
     progress: Progress
+    rewards: Any = None  # what reward "run" stands for; None = those of the model that writes
 
     def __call__(self, source: Path | Captioner) -> Captions:
         if isinstance(source, Path):
@@ -98,12 +101,12 @@ class Reader:
         if self.pictures.rows is None:
             raise ValueError(f"{name} needs the pictures to caption them: give --data in place of --references")
         if options["method"] in ("sample", "best-of"):
-            options = _DRAWS | options
+            options = DRAWN | options
         if self.other_data and source.recipe is not None:
             options.setdefault("prompt", source.prompt)  # the one that it learned to answer; other data bring another
         settings = {key: value for key, value in options.items() if value is not None}
         if options.get("reward") == "run":
-            options["reward"] = _reward_of(source, training)
+            options["reward"] = self.rewards or rewards_to_choose_by(source)
         with self.progress(len(self.pictures.ids), f"captions by {name}") as advance:
             written = source.write(self.pictures.rows, **options, advance=advance)
         each = len(written.texts) // len(self.pictures.ids)
@@ -120,7 +123,9 @@ def _training(source: Captioner) -> DocumentFrequencies | None:
     return None
 
 
-def _reward_of(source: Captioner, training: DocumentFrequencies | None) -> Any:
+def rewards_to_choose_by(source: Captioner) -> Any:
+    """The rewards of a run; ValueError for any other model."""
+    training = _training(source)
     if source.recipe is None or training is None:
         raise ValueError(f"reward 'run': {source.source.name} is no run folder, so it has no rewards to choose by")
     from mmft.training.run import rewards_of

@@ -145,7 +145,7 @@ def rows_for(recipe: Recipe | None, name: str | None, split: str | None, limit: 
     try:
         return load_rows(called, part, limit, **options), f"{called}, {part}"
     except ValueError as error:
-        hint = "" if name is not None else "; the run was trained on it: if it lies elsewhere now, name it with --data"
+        hint = "" if name or split else "; the run was trained on it: if it lies elsewhere now, name it with --data"
         raise ValueError(f"{error}{hint}") from error
 
 

@@ -18,6 +18,7 @@ from mmft.evaluation.coco_files import write_predictions, write_references
 from mmft.evaluation.scores import Captioned, Scores, differences, slices
 
 _LIBRARIES = ("mmft", "numpy", "torch", "transformers", "peft", "pycocoevalcap")
+FILES = ("scores.json", "predictions.json", "predictions_against.json", "references.json", "per_image.jsonl")
 _NEED_JAVA = ("meteor", "spice")  # what else was left out belongs to other data, or to options
 
 
@@ -74,8 +75,11 @@ class Evaluation:
 
     def table(self) -> str:
         """All of it for people."""
-        how = ", ".join(f"{key} {value}" for key, value in self.settings.items() if key not in ("source", "data"))
-        parts = [f"{len(self.side.given.ids)} pictures of {self.settings['data']}; {how or 'captions as in the file'}"]
+        told = ("source", "data", "rows")
+        how = ", ".join(f"{key} {value}" for key, value in self.settings.items() if key not in told)
+        number = len(self.side.given.ids)
+        what = f"{number} picture{'s' * (number > 1)} of {self.settings['data']}"
+        parts = [f"{what}; {how or 'captions as in the file'}"]
         if self.other is None:
             parts += [self.side.name, tables.score_table(self.scores)]
         else:
@@ -108,7 +112,8 @@ class Evaluation:
         """``predictions.json`` and ``references.json`` as COCO has them, ``scores.json``, ``per_image.jsonl``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "scores.json").unlink(missing_ok=True)  # comes last: where it is, the others belong to it
+        for name in FILES:  # those of an evaluation before this one
+            (folder / name).unlink(missing_ok=True)
         given = self.side.given
         write_predictions(folder / "predictions.json", given.ids, given.captions)
         if any(given.references):
@@ -119,6 +124,7 @@ class Evaluation:
             for i in range(len(given.ids)):
                 file.write(json.dumps(self._picture(i), ensure_ascii=False, allow_nan=False, default=str) + "\n")
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        # Comes last: where it is, the others belong to it.
         (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
         return folder
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
+from mmft.recipe.messages import expected
+from mmft.recipe.sections import Algorithm, Eval, Recipe, Rollout, Train
 from mmft.training.from_trl import takes_trl_names
 from mmft.training.guards import DEFAULT_GUARDS, LIMITS, Guard
 
@@ -18,6 +22,17 @@ _CHOICES = {
     "lr_scheduler_type": ("constant", "linear", "cosine"),
     "kl_estimator": ("k1", "k2", "k3"),
     "optimizer": ("adamw", "adamw_8bit", "sgd"),
+}
+# Options that have the range of a recipe's key: by section, ours -> the key. Below 0 an entropy_coef is a penalty.
+_RANGES: dict[type[BaseModel], dict[str, str]] = {
+    Recipe: {"seed": "seed"},
+    Algorithm: {name: name for name in Algorithm.model_fields if name not in ("name", "cliprange", "entropy_coef")},
+    Rollout: {name: name for name in Rollout.model_fields if name != "vllm"},
+    Train: {
+        name: name for name in Train.model_fields if name not in ("steps", "lr_schedule", "save_every", "warmup_steps")
+    }
+    | {"max_steps": "steps"},
+    Eval: {"patience": "patience", "eval_rows": "rows", "eval_batch": "rows"},
 }
 
 
@@ -130,6 +145,7 @@ class PPOConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        _require_ranges(self)
         if self.critic == "none" and self.num_generations < 2:
             raise ValueError("critic='none' takes the other responses to a prompt as baseline: num_generations >= 2")
         if self.prompts_per_step % self.num_mini_batches:
@@ -138,8 +154,6 @@ class PPOConfig:
             )
         if self.patience is not None and not self.eval_steps:
             raise ValueError(f"patience={self.patience} counts evaluations: set eval_steps (eval.every)")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}: sampling needs a temperature above 0")
 
 
 @takes_trl_names
@@ -154,6 +168,40 @@ class A2CConfig(PPOConfig):
         super().__post_init__()
         if self.num_ppo_epochs != 1:
             raise ValueError("A2C's gradient is right for one pass over its samples: num_ppo_epochs must be 1")
+
+
+def _require_ranges(config: PPOConfig) -> None:
+    """Raises ValueError naming every option that is out of range: a negative rate would unlearn, without a word."""
+    wrong = []
+
+    def check(ok: bool, name: str, words: str) -> None:
+        if not ok:
+            wrong.append(f"{name}={getattr(config, name)!r}: expected {words}")
+
+    for section, keys in _RANGES.items():
+        for name, key in keys.items():
+            value = getattr(config, name)
+            try:
+                section.model_validate({key: value.item() if hasattr(value, "item") else value})
+            except ValidationError:
+                check(False, name, expected(section, (key,)).replace("or null", "or None"))
+    bounds = config.cliprange if isinstance(config.cliprange, list | tuple) else (config.cliprange,) * 2
+    check(len(bounds) == 2 and all(_is_above_0(bound) for bound in bounds), "cliprange", "a number > 0, or two of them")
+    epochs, weights, guards = config.num_train_epochs, config.reward_weights, config.guards
+    check(epochs is None or _is_above_0(epochs), "num_train_epochs", "a number > 0 or None")
+    check(weights is None or isinstance(weights, list | tuple), "reward_weights", "a list of numbers or None")
+    known = isinstance(guards, dict) and set(guards) <= set(LIMITS)
+    check(
+        known and all(isinstance(guard, Guard) for guard in guards.values()),
+        "guards",
+        f"a dict with a Guard for some of {', '.join(LIMITS)}",
+    )
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _is_above_0(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
 
 
 def from_recipe(recipe) -> PPOConfig:

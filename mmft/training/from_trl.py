@@ -149,7 +149,9 @@ def _batch(theirs: dict, found: dict, put: Callable, notes: list[str]) -> None:
     said = {name: theirs[name] for name in (*names, "generation_batch_size") if theirs.get(name) is not None}
     if not said:
         return
-    group = found.get("num_generations", GRPO["num_generations"].default)
+    if wrong := [f"{name}={value!r}" for name, value in said.items() if not isinstance(value, int) or value < 1]:
+        raise ValueError(f"{', '.join(wrong)}: expected a whole number >= 1")
+    group = max(1, found.get("num_generations", GRPO["num_generations"].default))
     device, gathered = (theirs.get(name) or GRPO[name].default for name in names[:2])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     whole = said.get("generation_batch_size") or device * world * said.get(names[2], gathered)
@@ -226,7 +228,10 @@ def _vllm(theirs: dict, found: dict, put: Callable, notes: list[str]) -> None:
     if not theirs.get("use_vllm"):
         return
     put("engine", "vllm", "use_vllm=True")
-    if theirs.get("vllm_mode", "colocate") == "colocate":
+    mode = theirs.get("vllm_mode", GRPO["vllm_mode"].default)
+    if mode not in ("colocate", "server"):
+        raise ValueError(f"vllm_mode={mode!r} cannot be had here: expected colocate or server")
+    if mode == "colocate":
         memory = theirs.get("vllm_gpu_memory_utilization", GRPO["vllm_gpu_memory_utilization"].default)
         return put("vllm", {"url": None, "memory": memory}, "vllm_mode='colocate'")
     host, port = (theirs.get(f"vllm_server_{x}", GRPO[f"vllm_server_{x}"].default) for x in ("host", "port"))
@@ -288,7 +293,7 @@ def settled(config: Any, rows: int) -> Any:
         changed |= {"max_steps": steps, "num_train_epochs": None}
     for name in ("save_steps", "eval_steps", "warmup_steps"):
         share = getattr(config, name)
-        if not 0 <= share < 1 and share != int(share):
+        if share < 0 or (share > 1 and share != int(share)):
             raise ValueError(f"{name}={share}: expected a whole number of steps, or a share of them below 1")
         if share != int(share):
             changed[name] = math.ceil(share * steps)

@@ -189,8 +189,13 @@ class Monitor:
         after: Mapping[str, Mapping[str, float]],
         difference: Mapping[str, Mapping[str, float]] | None = None,
         signatures: Mapping[str, str] | None = None,
+        rows: int | None = None,
     ) -> None:
-        """Prints the held-out table, each side metric -> {"mean", "low", "high"}, and how its numbers are computed."""
+        """Prints the held-out table, each side metric -> {"mean", "low", "high"}, and how its numbers are computed.
+
+        Args:
+            rows: how many pictures it is over; of very few it says nothing.
+        """
         if not self.is_main:
             return
         self._stop_bar()
@@ -209,7 +214,7 @@ class Monitor:
             table.add_row(escape(info.label), *cells, difference_text, share.replace("-", "−"), style=verdict)
         self.console.print(table)
         if before and after:
-            self._line(headline({"before": before, "after": after, "difference": difference}).text)
+            self._line(headline({"before": before, "after": after, "difference": difference, "rows": rows}).text)
         for name, text in (signatures or {}).items():
             self._line(f"{name}: {text}", "dim")
 

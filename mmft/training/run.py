@@ -19,7 +19,6 @@ from mmft.data import Clips, Sounds, check_rows, load_rows
 from mmft.data.rows import write_skipped
 from mmft.data.scenes import attribute_claims
 from mmft.evaluation.captioning import score_captions
-from mmft.evaluation.report import write_report
 from mmft.hub import UNPUBLISHED, PublishError, push
 from mmft.training import distributed
 from mmft.training.config import from_recipe
@@ -238,11 +237,11 @@ def run_supervised(recipe, resume: bool = False) -> dict[str, Any]:
         if resume:
             prepare_folder(recipe, frequencies)
     after = scored(str(trained))
-    LiveReport(output, held_out).finish(recipe.warm_start.max_steps, before, after)
     summary = write_summary(output, before, after, time.time() - began)
-    table = Monitor(output, 0, trackers=(), progress=False).table
-    table(summary["before"], summary["after"], summary["difference"], summary["signatures"])
-    write_report(output)
+    monitor = Monitor(output, 0, trackers=(), progress=False)
+    monitor.table(*(summary[part] for part in ("before", "after", "difference", "signatures", "rows")))
+    if problem := LiveReport(output, held_out).finish(recipe.warm_start.max_steps, before, after):
+        monitor.say(problem)
     return summary
 
 

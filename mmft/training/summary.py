@@ -98,7 +98,7 @@ class LiveReport:
         self.seconds, self._usual = 0.0, 0.0  # spent here so far, and by the last report
         self._pictures: dict[int, str | None] = {}  # saved by this process; what lies there may be another run's
         self._began = time.perf_counter()
-        self._unseen: tuple[Evaluation, Evaluation | None, int] | None = None
+        self._unseen: tuple[Evaluation, Evaluation | None, int | None] | None = None
 
     def show(
         self, step: int, before: Evaluation | None, now: Evaluation | None = None, needed: bool = False
@@ -114,6 +114,13 @@ class LiveReport:
             self._unseen = before, now, step
         if not needed and self.seconds + self._usual > _SHARE * (start - self._began):
             return None
+        problem = self._write()
+        self._usual = time.perf_counter() - start
+        self.seconds += self._usual
+        return problem
+
+    def _write(self) -> str | None:
+        """Samples, where there are new ones, and the report; what went wrong in words."""
         try:
             if self._unseen is not None:
                 self._write_samples(*self._unseen)
@@ -121,19 +128,22 @@ class LiveReport:
             write_report(self.run_dir)
         except Exception as error:  # a full disk, a row that cannot be opened: nothing here is worth the run
             return f"no report: {type(error).__name__}: {error}"
-        finally:
-            self._usual = time.perf_counter() - start
-            self.seconds += self._usual
         return None
 
-    def finish(self, step: int | None, before: Evaluation | None, after: Evaluation | None) -> None:
-        """The samples of the finished run; pictures that nothing shows any more go."""
+    def finish(self, step: int | None, before: Evaluation | None, after: Evaluation | None) -> str | None:
+        """Samples and report of the finished run, whose summary is written; what went wrong in words.
+
+        Pictures that nothing shows any more go.
+        """
         if before is not None and after is not None:
-            self._write_samples(before, after, step)
+            self._unseen = before, after, step
+        if problem := self._write():
+            return problem
         kept = {name for name in self._pictures.values() if name}
         for path in (self.run_dir / "pictures").glob("*.jpg"):
             if str(path.relative_to(self.run_dir)) not in kept:
                 path.unlink()
+        return None
 
     def _write_samples(self, before: Evaluation, after: Evaluation | None, step: int | None) -> None:
         """One line per held-out sample; a picture and word credit for those that the report shows."""

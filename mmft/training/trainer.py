@@ -21,7 +21,6 @@ from accelerate.utils import set_seed
 from mmft.algorithms.kl import AdaptiveKL, FixedKL
 from mmft.batch import PromptBatch
 from mmft.data.rows import opened_here
-from mmft.evaluation.report import write_report
 from mmft.recipe.secrets import redact
 from mmft.training import distributed, saving
 from mmft.training.best import act, best_checkpoint, held_out_alarms, keeps_best, metric_of
@@ -233,7 +232,7 @@ class PPOTrainer:
                 save_adapter(self.policy, self.run_dir, weights)
                 self.policy.processor.save_pretrained(self.run_dir / "processor")
         if main:
-            self.report.finish(last if self.rolled_back_to is None else self.rolled_back_to, self.before, after)
+            shown = last if self.rolled_back_to is None else self.rolled_back_to
             summary = write_summary(
                 self.run_dir,
                 self.before,
@@ -245,8 +244,10 @@ class PPOTrainer:
                 environment_of(self.policy.device, self.accelerator.num_processes),
             )
             monitor.evaluated(last, self.eval_dataset, self.before, after)
-            monitor.table(summary["before"], summary["after"], summary["difference"], summary["signatures"])
-            write_report(self.run_dir)
+            sides = (summary[side] for side in ("before", "after", "difference"))
+            monitor.table(*sides, summary["signatures"], summary.get("rows"))
+            if problem := self.report.finish(shown, self.before, after):
+                monitor.say(problem)
             monitor.farewell(len(self.guards.alarms))
         monitor.close()
         self.accelerator.wait_for_everyone()

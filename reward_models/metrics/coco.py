@@ -66,7 +66,12 @@ def read_references(path: str) -> dict[Any, list[str]]:
         out.setdefault(image_id, []).append(caption)
     if not out:
         raise ValueError(f'{path}: "annotations" is empty')
-    listed = [image.get("id") for image in data.get("images") or [] if isinstance(image, dict)]
+    images = data.get("images") or []
+    if not isinstance(images, list):
+        raise ValueError(f'{path}: "images" is no list, got {str(images)[:80]}')
+    listed = [image.get("id") for image in images if isinstance(image, dict)]
+    if odd := [name for name in listed if isinstance(name, list | dict)]:
+        raise ValueError(f'{path}: "images": id must be a number or a string, got {odd[0]!r}')
     bare = [image_id for image_id in listed if image_id not in out]
     if bare:
         raise ValueError(f'{path}: {len(bare)} entries of "images" have no caption, first ids: {_some(bare)}')

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from mmft.cli import main
 
 RECIPE = "recipes/caption_ppo.yaml"
@@ -35,6 +37,12 @@ def test_wrong_recipes_end_with_2_before_torch(tmp_path):
         [sys.executable, "-c", code + "print(r, 'torch' in sys.modules)"], capture_output=True, text=True
     )
     assert done.stdout.strip() == "2 False" and "cider_d" in done.stderr
+
+
+@pytest.mark.parametrize("size", ["-3", "0", "nan", "inf"])
+def test_no_gpu_has_such_a_memory(size, capsys):
+    assert main(["doctor", "memory", RECIPE, "--device-gib", size]) == 2
+    assert "--device-gib" in capsys.readouterr().err
 
 
 def test_wrong_rewards_are_one_line(capsys):

@@ -15,10 +15,12 @@ from PIL import Image
 from mmft.cli import main
 from mmft.data.rows import FileRows
 from mmft.recipe import load_recipe
-from mmft.training.doctor import examine, machine
-from mmft.training.doctor.data import contents
+from mmft.training.doctor import _rewards, examine, machine
+from mmft.training.doctor.data import contents, look_at_rows
 from mmft.training.doctor.page import Page, Section
+from mmft.training.doctor.parts import Parts
 from mmft.training.doctor.recipe import look_at_recipe
+from reward_models.probes import TOTAL, Finding, RewardReport
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes" / "caption_ppo.yaml")
@@ -58,7 +60,8 @@ def doctor(tmp_path: Path, *words: str) -> tuple[int, dict]:
 
 
 def test_a_sound_recipe(tmp_path, capsys):
-    words = [*SMALL, "data.train_rows=64", f"output.dir={tmp_path / 'run'}"]
+    # At this learning rate the steps that are timed spoil the model; what it says is from before them.
+    words = [*SMALL, "data.train_rows=64", "train.learning_rate=1.0", f"output.dir={tmp_path / 'run'}"]
     code, page = doctor(tmp_path, RECIPE, *words)
     said = capsys.readouterr().out
     assert code == 0 and page["fine"] and page["wrong"] == 0, said
@@ -66,6 +69,7 @@ def test_a_sound_recipe(tmp_path, capsys):
         *("Machine", "Recipe", "Data", "Rewards", "Memory", "Model")
     ]
     assert "the model sees its pictures" in said and "no picture is in both splits" in said
+    assert "now says: 'a midsize yellow hoop along with a big pink plus over a white backdrop'" in found(page, "Model")
     script = RECIPE.replace(".yaml", ".py")
     assert said.rstrip().endswith(f"Next: accelerate launch {script} {RECIPE} {' '.join(words)}")
     model = numbers(page, "Model")
@@ -95,7 +99,7 @@ def test_everything_wrong_is_said_at_once(tmp_path, capsys, monkeypatch):
     assert "4.png" in broken and "data.bad_rows=skip" in broken
     assert "1 held-out picture is in the training set as well, such as 6.png" in broken
     improvable = found(page, "Data", "warning")
-    assert "3 held-out rows are few" in improvable and "1 of 4 training pictures" in improvable
+    assert "only 3 rows held out" in improvable and "1 of 4 training pictures" in improvable
     assert "100% are longer than the 24" in improvable
     assert f"max_completion_length={numbers(page, 'Data')['caption_tokens']['99%']}" in improvable
     assert "in place of" not in found(page, "Data")  # the model is tried on the rows that are good
@@ -127,6 +131,27 @@ def test_a_reward_with_a_hole_and_a_model_that_does_not_fit(tmp_path, monkeypatc
     assert "'four times as long'" in found(page, "Rewards", "wrong")
     assert "saves about" in found(page, "Memory", "wrong")
     assert "would not fit" in found(page, "Model") and not numbers(page, "Model")
+
+
+@pytest.mark.parametrize(
+    ("share", "more", "kind"), [(0.55, 0.01, "warning"), (0.7, 0.01, "wrong"), (0.55, 0.3, "wrong")]
+)
+def test_a_hole_that_hardly_pays_is_a_warning(share, more, kind, monkeypatch):
+    finding = Finding(TOTAL, "words listed", share, more, 32)
+    monkeypatch.setattr("reward_models.probes.probe_rewards", lambda *_: RewardReport(32, {TOTAL: 1.0}, [finding]))
+    rows = [{"references": ["a dog", "a hound"]}] * 2
+    section = Section("Rewards")
+    _rewards(section, load_recipe(RECIPE, []), Parts(held_out=rows, references=[row["references"] for row in rows]))
+    assert [f.kind for f in section.findings] == [kind]
+
+
+def test_a_file_that_spoils_both_splits_is_said_once(tmp_path):
+    folder = photos(tmp_path / "photos", [0, 1], [2])
+    with (folder / "captions.csv").open("a") as file:
+        file.write("0.png,\n")
+    section = Section("Data")
+    look_at_rows(section, load_recipe(RECIPE, [f"data.name={folder}"]), Parts())
+    assert [f.kind for f in section.findings] == ["wrong", "note"] and "is empty" in section.findings[0].text
 
 
 def test_quick_loads_no_model(tmp_path, monkeypatch):

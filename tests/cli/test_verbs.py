@@ -105,7 +105,47 @@ def test_progress_is_for_terminals_and_never_on_standard_output(capsys, monkeypa
     assert not shown.out and "reading" in shown.err and "3/3" in shown.err and "writing" in shown.err
 
 
+def test_results_reach_the_file_while_the_bar_is_on_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # standard error is a terminal, standard output is not
+    with progress(3, "reading") as advance:
+        print("a.jpg: a dog")
+        advance(3)
+    shown = capsys.readouterr()
+    assert shown.out == "a.jpg: a dog\n" and "a dog" not in shown.err and "3/3" in shown.err
+
+
 # --- ends
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["caption", "nowhere.jpg", "--json"],
+        ["evaluate", "nowhere", "--json"],
+        ["compare", "nowhere", "nobody", "--output"],
+        ["recipe", "schema", "--output"],
+        ["doctor", "recipes/caption_ppo.yaml", "--json"],
+        ["doctor", "memory", "recipes/caption_ppo.yaml", "model.name=nowhere", "--json"],
+        ["doctor", "rewards", "recipes/caption_ppo.yaml", "data.name=nowhere", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_cannot_be_written_is_said_before_the_work(words, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place, why in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.json", "cannot be written")):
+        assert main([*words, str(place)]) == 2
+        said = capsys.readouterr()
+        assert why in said.err and "nowhere" not in said.err and not said.out
+
+
+def test_the_folder_of_a_file_is_made(tmp_path):
+    assert main(["recipe", "schema", "--output", str(tmp_path / "new" / "schema.json")]) == 0
+    assert (tmp_path / "new" / "schema.json").stat().st_size > 1000
+
+
+def test_no_repository_has_such_a_name(tmp_path, capsys):
+    assert main(["pull", "user", str(tmp_path / "out")]) == 2
+    assert "expected user/name" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_130_without_a_word(monkeypatch, capsys):

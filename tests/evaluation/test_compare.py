@@ -57,7 +57,7 @@ def test_differences_are_paired_and_have_the_right_sign(tmp_path):
 def test_rows_are_matched_by_what_they_are_not_where_they_stand(tmp_path):
     found = compare_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", rows=range(39, 9, -1))])
     assert found.changes(found.rows[0])[0][0] == "+0.000"
-    assert "Differences of b are over the 30 pictures that a was scored on, too." in found.notes
+    assert any("Differences of b are over the 30 pictures that a was scored on, too;" in note for note in found.notes)
 
 
 def test_what_cannot_be_compared_is_said_and_not_compared(tmp_path):
@@ -84,6 +84,29 @@ def test_a_run_without_result_and_one_that_goes_on(tmp_path):
     assert "b is not finished: its captions are those of step 20." in found.notes
     assert "c has no held-out result yet." in found.notes
     assert write_comparison(found, tmp_path / "page.html").is_file()
+
+
+def test_a_run_that_goes_on_is_compared_where_data_and_rewards_are_the_same(tmp_path):
+    """It has not written down yet how it scores; that is no sign of its scoring differently."""
+    first = make_run(tmp_path / "a")
+    runs = [make_run(tmp_path / "b", gain=0.1), make_run(tmp_path / "c", weight=3.0), make_run(tmp_path / "d")]
+    for run in runs:
+        (run / "summary.json").unlink()
+    (runs[2] / "recipe.yaml").write_text("data: {name: other}")
+    found = compare_runs([first, *runs])
+    row = next(row for row in found.rows if row.name == "cider_d")
+    assert [text for text, _, _ in found.changes(row)] == ["+0.100", "+0.000", "–"]
+    row = next(row for row in found.rows if row.name == "reward")
+    assert [text for text, _, _ in found.changes(row)] == ["+0.100", "–", "–"]
+    assert not any("computed differently" in note for note in found.notes)
+    assert "Whether a and d are scored alike is known when both are finished: no comparison." in found.notes
+
+
+def test_few_pictures_are_no_verdict(tmp_path):
+    found = compare_runs([make_run(tmp_path / "a", rows=range(3)), make_run(tmp_path / "b", gain=1.0, rows=range(3))])
+    assert [v.state for v in found.verdicts] == ["open"] and "too few pictures" in found.verdicts[0].text
+    row = next(row for row in found.rows if row.name == "cider_d")
+    assert found.changes(row) == [("+1.000", "", "open")]
 
 
 def test_only_keys_that_differ_are_shown():

@@ -83,6 +83,9 @@ def test_signatures_and_alarms_are_told(tmp_path):
     page = Page(write_report(make_run(tmp_path)))
     assert "CIDEr-D|eos:no|tok:simple" in page.text
     assert "Step 3, repetition: responses repeat 40%; training was stopped." in page.text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"rolled_back_to": 4}))
+    assert "the weights are those of step 4" in Page(write_report(tmp_path)).text
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -219,6 +222,17 @@ def test_ticks_of_an_axis_differ():
     assert len(set(labels)) == len(labels) > 1
 
 
+def test_nothing_is_drawn_outside_of_a_chart_nor_its_ticks_cut_off():
+    """All values below the floor; and a ratio that is 1 but for rounding."""
+    low = chart("t", [("a", [(1, -35.0), (2, -20.0)])], floor=-1.0)
+    assert all(10 <= y <= 146 for _, y, _ in low.lines[0].dots)
+    place, label = chart("t", [("a", [(0, 1.0), (10_000, 2.0)])]).x_ticks[-1]
+    assert label == "10000" and place + 7 * len(label) / 2 <= 360  # seven wide is a digit
+    for values in ((1.0, 1.00006), (1.0, 1.00011), (0.0, 0.0), (-0.0025, 0.0025), (4.2871, 4.2899)):
+        labels = [label for _, label in chart("t", [("a", list(enumerate(values)))]).y_ticks]
+        assert max(map(len, labels)) <= 7 and len(set(labels)) == len(labels) > 1, labels
+
+
 def test_a_run_keeps_its_colour_where_another_has_no_line():
     assert [line.colour for line in chart("t", [("a", []), ("b", [(1, 1.0)])]).lines] == [1]
 
@@ -251,6 +265,11 @@ def test_credit_is_seen_without_colour(tmp_path):
     text = path.read_text()
     assert "underline solid 3.0px" in text and "underline dotted" in text
     assert "What each word added to its caption's CIDEr-D" in text and "(end)" in text
+
+
+def test_beside_credit_a_change_is_bold_and_not_of_the_colour_of_credit(tmp_path):
+    page = Page(write_report(with_samples(make_run(tmp_path / "run"), credit_after=[["a", 1.0], ["b", 0.5], ["c", 0]])))
+    assert not page.all("mark") and [s for s in page.all("span") if s.get("class") == "w new" and not s.get("title")]
 
 
 def test_credit_that_is_none_is_left_out(tmp_path):

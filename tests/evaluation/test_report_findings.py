@@ -31,6 +31,14 @@ def test_headline_states():
     assert "So far, after step 20: held-out CIDEr-D" in headline(scores(), step=20).text
 
 
+def test_few_pictures_are_no_verdict():
+    """The interval of a bootstrap over one picture is a point, and leaves out zero whatever was learned."""
+    assert headline(scores() | {"rows": 10}).state == "good"
+    found = headline(scores() | {"rows": 9})
+    assert found.state == "open" and "9 held-out pictures are too few for an interval (it takes 10)" in found.text
+    assert answers([], summary=scores() | {"rows": 1})["better"].text.startswith("Nobody knows. 1 held-out picture")
+
+
 def answers(found, alarms=(), groups=(), moved=None, summary=None):
     return {a.question.split()[-1].strip("?"): a for a in in_short(summary or scores(), found, alarms, groups, moved)}
 
@@ -83,7 +91,9 @@ def test_a_guard_that_speaks_often_is_one_line():
     alarms.append({"guard": "held_out", "step": 9, "text": "fell", "action": "rollback"})
     found = warnings(alarms)
     assert len(found) == 2 and "(200 times in all)" in found[0].text and len(found[0].text) < 120
-    assert found[1].text == "Step 9, held_out: fell; training ended with the best evaluated weights."
+    assert found[1].text == "Step 9, held_out: fell; training ended."  # there may be no state to go back to
+    told = "Step 9, held_out: fell; training ended with the weights of step 5, the best evaluated."
+    assert warnings(alarms, rolled_back_to=5)[1].text == told
     assert len(honesty({"alarms": alarms}, [])) == 2  # the model card has them, too
 
 

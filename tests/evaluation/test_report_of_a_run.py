@@ -152,6 +152,7 @@ def test_a_report_that_cannot_be_written_is_said_and_no_more(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / ".report.html.part").mkdir()
     assert "no report: " in LiveReport(tmp_path, []).show(1, None)
+    assert "no report: " in LiveReport(tmp_path, []).finish(1, None, None)  # nor does it cost a run its end
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from mmft.evaluation.scores import Captioned, Scores, differences, slices
 from mmft.evaluation.slices import groups_of
 from mmft.evaluation.statistics import mean
 from mmft.evaluation.suite import SUITE, score
-from mmft.evaluation.tables import difference_table, headline, score_table, slice_table
+from mmft.evaluation.tables import difference_table, headline, score_table, slice_table, verdict
 from reward_models import CiderD, DocumentFrequencies
 
 REFERENCES = [
@@ -121,6 +121,37 @@ def test_variety_by_hand():
     assert found["vocabulary"] == {"mean": 3.0, "low": None, "high": None}
 
 
+def test_a_share_ends_at_nothing_and_at_all():
+    """One picture with many words beside five with the same one: the jackknife reaches beyond 0 and 1."""
+    captions = ["a b c d e f g h i j", *["a"] * 5]
+    found = score(given(captions, [["a"]] * 6), ["diversity"]).summary()
+    assert found["distinct_1"]["mean"] == pytest.approx(10 / 15) and found["distinct_1"]["low"] == 0.0
+    assert found["distinct_1"]["high"] == 1.0
+    same = score(given(["a"] * 6, [["a"]] * 6), ["diversity"])
+    change = differences(same, score(given(captions, [["a"]] * 6), ["diversity"]))["distinct_1"]
+    assert change["mean"] == pytest.approx(0.5) and change["high"] == 1.0
+
+
+@pytest.mark.parametrize(("pictures", "bounded"), [(1, False), (4, False), (5, True)])
+def test_a_score_of_few_pictures_has_no_interval(pictures, bounded):
+    """Of one picture it would have no width, as if the score were certain."""
+    side, other = (
+        score(given(list(texts)[:pictures], REFERENCES[:1] * pictures), ["form", "diversity"])
+        for texts in (["a b", "a", "a b c", "d e", "f g"], ["a c"] * 5)
+    )
+    for found in (side.summary(), differences(other, side)):
+        for name in ("length", "distinct_1"):
+            assert (found[name]["low"] is not None, found[name]["high"] is not None) == (bounded, bounded)
+
+
+def test_what_is_given_for_a_metric_must_not_be_left_out_in_silence(monkeypatch):
+    monkeypatch.delitem(SUITE, "meteor")  # Java takes long
+    with pytest.raises(ValueError, match="metric clip: needs the pictures"):
+        score(given(clip="somewhere"), None)
+    with pytest.raises(ValueError, match="metric objects: needs references"):
+        score(given(references=[[]] * 4, objects={"dog": []}), None)
+
+
 # --- differences -----------------------------------------------------------------------------------
 
 
@@ -198,6 +229,9 @@ def test_groups():
     assert [len(places) for places in quarters.values()] == [25, 25, 25, 25]
     assert list(quarters)[0].startswith("1 to ") and list(quarters)[-1].endswith(" to 100")
     assert np.sort(np.concatenate(list(quarters.values()))).tolist() == list(range(100))
+    gaps = groups_of("n", ["", float("nan"), None, *(str(i) for i in range(1, 41))])  # as of a CSV with empty cells
+    assert [len(places) for places in gaps.values()] == [10, 10, 10, 10, 3] and gaps["(none)"].tolist() == [0, 1, 2]
+    assert list(groups_of("n", [float("inf"), *map(float, range(9))]))[-1] == "inf"
     many = groups_of("c", [f"v{i // 3}" for i in range(90)])
     assert len(many) == 20 and sum(map(len, many.values())) == 90 and "(11 others)" in many
 
@@ -213,6 +247,15 @@ def test_a_column_that_says_the_same_of_all_has_nothing_to_compare():
     assert found.keys() == {"a"} and "to_the_rest" not in found["a"]
     assert found["a"]["scores"]["m"]["low"] < 2.5 < found["a"]["scores"]["m"]["high"]
     assert slice_table(found, "m").splitlines()[1].split()[:3] == ["a", "6", "2.500"]
+
+
+def test_a_sure_difference_of_what_is_neither_good_nor_bad():
+    """Longer captions are neither; that they are longer is no chance."""
+    sure = {"mean": 2.0, "low": 1.5, "high": 2.5, "p": 0.0001, "p_holm": 0.0004}
+    assert "the first is higher by 2.000 (+1.500 to +2.500); chance alone would hardly" in verdict("length", sure)
+    lower = {"mean": -0.5, "low": -0.6, "high": -0.4, "p": 0.0001, "p_holm": 0.0004}
+    assert "is better by 50.0 %" in verdict("chair_i", lower) and "is worse by" in verdict("CIDEr", lower)
+    assert "may well be chance" in verdict("length", sure | {"p_holm": 0.2})
 
 
 def test_tables():

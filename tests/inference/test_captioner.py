@@ -127,6 +127,7 @@ def test_banned_tokens_are_never_written(made, scenes, method):
         ({"method": "sample", "temperature": 0.0}, "temperature=0.0"),
         ({"reward": len}, "expected method 'best-of'"),
         ({"method": "best-of", "reward": "lenght"}, "did you mean 'length'"),
+        ({"method": "best-of", "reward": "cider_d"}, "best-of by 'cider_d'.* training captions"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ],
 )

@@ -181,12 +181,74 @@ def test_the_other_side_is_looked_for_before_anything_is_captioned(monkeypatch, 
 
 
 def test_each_method_has_its_folder_in_the_run(run, monkeypatch, capsys):
-    """A second evaluation by another method takes nothing of the first."""
-    for more in ([], ["--method", "sample", "--num", "2"]):
-        assert main(["evaluate", str(run), "--rows", "2", "--metrics", "form", *more]) == 0
+    """A second evaluation by another method, or a look at a few rows, takes nothing of the first."""
+    for more in ([], ["--rows", "2"], ["--rows", "2", "--method", "sample", "--num", "2"]):
+        assert main(["evaluate", str(run), "--metrics", "form", *more]) == 0
     found = sorted(path.name for path in (run / "evaluation").iterdir())
-    assert found == ["scenes-test-greedy", "scenes-test-sample-2"]
-    assert str(run / "evaluation" / "scenes-test-sample-2") in capsys.readouterr().out
+    assert found == ["scenes-test-first2-greedy", "scenes-test-first2-sample-2", "scenes-test-greedy"]
+    assert str(run / "evaluation" / "scenes-test-first2-sample-2") in capsys.readouterr().out
+
+
+def test_a_second_evaluation_leaves_nothing_of_the_first(tmp_path):
+    """Files of another comparison beside new scores would pass for theirs."""
+    entries = [{"image_id": i, "caption": "a dog"} for i in range(6)]
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    (tmp_path / "r.json").write_text(json.dumps({"annotations": entries}))
+    files = {"source": tmp_path / "p.json", "references": tmp_path / "r.json", "output": tmp_path / "out"}
+    evaluate(**files, metrics=["form"], against=tmp_path / "p.json")
+    assert (tmp_path / "out" / "predictions_against.json").is_file()
+    evaluate(**files, metrics=["form"])
+    names = ["per_image.jsonl", "predictions.json", "references.json", "scores.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    entries = [{"image_id": i, "caption": "a dog"} for i in range(6)]
+    for name, content in (("predictions", entries), ("references", {"annotations": entries})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    files = {"source": tmp_path / "predictions.json", "references": tmp_path / "references.json"}
+    with pytest.raises(ValueError, match="predictions.json would be written over"):
+        evaluate(**files, rows=2, metrics=["form"], output=str(tmp_path))
+    assert len(json.loads((tmp_path / "predictions.json").read_text("utf-8"))) == 6
+
+
+def test_a_comparison_asks_each_run_what_it_was_trained_on(run, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("evaluation", "out"))
+    recipe = (other / "recipe.yaml").read_text("utf-8")
+    (other / "recipe.yaml").write_text(recipe.replace("Describe the picture.", "What is it?"), "utf-8")
+    asked = []
+
+    def write(self, rows, **options):
+        asked.append(options.get("prompt") or rows[0]["prompt"])
+        return _written(rows)
+
+    monkeypatch.setattr(Captioner, "write", write)
+    evaluate(run, against=other, metrics=["form"])
+    assert asked == ["Describe the picture.", "What is it?"]
+
+
+def test_both_sides_of_a_comparison_may_write_as_much(run, monkeypatch):
+    """Else a run, whose recipe ends its captions, would lose their last words against a model without a recipe."""
+    lengths = []
+    monkeypatch.setattr(
+        Captioner, "write", lambda self, rows, **o: lengths.append(o.get("max_new_tokens")) or _written(rows)
+    )
+    found = evaluate(run, against="scenes-vlm", metrics=["form"])
+    assert lengths == [Captioner(run).max_new_tokens] * 2 and found.settings["max_new_tokens"] == lengths[0]
+    evaluate(run, against="scenes-vlm", metrics=["form"], max_new_tokens=7)
+    assert lengths[2:] == [7, 7]
+
+
+def test_both_sides_are_chosen_by_the_rewards_of_the_first(run, monkeypatch):
+    """A model that is no run has none of its own."""
+    used = []
+    monkeypatch.setattr(Captioner, "write", lambda self, rows, **o: used.append(o["reward"]) or _written(rows))
+    evaluate(run, against="scenes-vlm", metrics=["form"], method="best-of", num=2, reward="run")
+    assert used[0] is used[1] and hasattr(used[0], "parts")
+    with pytest.raises(ValueError, match="scenes-vlm is no run folder"):
+        evaluate("scenes-vlm", against=run, metrics=["form"], method="best-of", reward="run")
+    assert len(used) == 2  # said before anything was captioned
 
 
 @pytest.mark.parametrize(
@@ -203,6 +265,20 @@ def test_each_method_has_its_folder_in_the_run(run, monkeypatch, capsys):
         (["short.json", "--references", "r.json"], "--allow-missing scores the others"),
         (["nowhere/at/all"], "nowhere/at/all"),
         (["scenes-vlm", "--pictures", "."], "is no folder with pictures"),
+        (
+            ["scenes-vlm", "--temperature", "0.5", "--seed", "1"],
+            "temperature, seed: nothing is drawn by method 'greedy'",
+        ),
+        (["scenes-vlm", "--clip", "nowhere"], "nowhere is no CLIP model"),
+        (
+            ["p.json", "--references", "r.json", "--clip", "x", "--metrics", "bleu"],
+            "--clip: only the metric clip reads",
+        ),
+        (["p.json", "--references", "r.json", "--objects", "o.txt", "--metrics", "bleu"], "--objects: only the metric"),
+        (["p.json", "--references", "r.json", "--split", "test"], "--split: only a data set has splits"),
+        (["scenes-vlm", "--split", "tset"], "scenes have no split 'tset'"),
+        (["p.json", "--references", "five.json"], 'five.json: "images" is no list'),
+        (["p.json", "--references", "odd.json"], "odd.json"),
     ],
 )
 def test_what_does_not_go_together_is_said_in_one_line(tmp_path, monkeypatch, capsys, arguments, said):
@@ -210,7 +286,9 @@ def test_what_does_not_go_together_is_said_in_one_line(tmp_path, monkeypatch, ca
     entries = [{"image_id": i, "caption": "a dog"} for i in range(3)]
     (tmp_path / "p.json").write_text(json.dumps(entries))
     (tmp_path / "short.json").write_text(json.dumps(entries[:1]))
-    (tmp_path / "r.json").write_text(json.dumps({"annotations": entries}))
+    for name, more in (("r", {}), ("five", {"images": 5}), ("odd", {"images": [{"id": [1]}]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"annotations": entries} | more))
+    (tmp_path / "o.txt").write_text("dog, puppy")
     assert main(["evaluate", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error

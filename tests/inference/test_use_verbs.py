@@ -23,6 +23,24 @@ def test_captions_of_a_folder(photos, trained, capsys, tmp_path):
     assert json.loads((tmp_path / "c.json").read_text()) == said
 
 
+def test_merging_what_is_not_there_says_so_in_plain_words(tmp_path, capsys):
+    assert main(["merge", "nowhere", str(tmp_path / "out")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_the_code_of_a_model_is_run_only_where_that_is_asked_for(photos, monkeypatch, capsys):
+    asked = []
+
+    def made(self, source, *, trust_remote_code, **_):
+        asked.append(trust_remote_code)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(Captioner, "__init__", made)
+    for words in (["caption", str(photos), "--model", "scenes-vlm"], ["evaluate", "scenes-vlm"]):
+        assert main(words) == main([*words, "--trust-remote-code"]) == 2
+    assert asked == [False, True] * 2
+
+
 def test_one_bad_picture_among_good_ones(photos, tmp_path, capsys):
     """The bundled model, where none is named; several draws of each."""
     (tmp_path / "bad.png").write_text("no picture")

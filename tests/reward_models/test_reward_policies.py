@@ -267,8 +267,22 @@ def test_bleu_reads_text_as_the_training_captions_were_read():
     assert "tok:simple" in build_rewards([{"name": "bleu", "tokenizer": "simple"}], df).signature
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "words"),
+    [
+        ("bleu", "smoth", "bleu has no option 'smoth'; did you mean 'smooth'"),
+        ("missing_eos", "x", "parameters are none"),
+    ],
+)
+def test_an_option_that_a_built_in_reward_has_not_is_named(name, option, words):
+    with pytest.raises(ValueError, match=words):
+        load_reward(name, {option: 1})
+
+
 def test_a_built_in_reward_gets_its_timeout_as_an_option(monkeypatch):
-    monkeypatch.setattr("reward_models.named.built_in", lambda name: lambda **options: options)
+    monkeypatch.setattr(
+        "reward_models.named.built_in", lambda name: lambda url, timeout: {"url": url, "timeout": timeout}
+    )
     assert load_reward("http", {"url": "u"}, timeout=3.0) == {"url": "u", "timeout": 3.0}
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"rewards\[0\] \(bleu\).*timeout"):

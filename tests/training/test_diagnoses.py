@@ -131,6 +131,7 @@ def test_a_reward_that_stays_where_it_was():
     assert told(PPOConfig(), series(-0.01)) == [("reward_not_rising", 44)]
     assert told(PPOConfig(), series(0.002)) == [("reward_not_rising", 44)]  # less than chance moves it
     assert told(PPOConfig(), series(0.01)) == []
+    assert told(PPOConfig(prompts_per_step=8), series(0.0)) == []  # 60 steps are 480 prompts: chance still rules
 
 
 def test_the_kl_limit_follows_length_and_target():

@@ -13,6 +13,9 @@ from mmft.training.doctor.recipe import look_at_recipe
 # What needs torch and transformers is imported where it is used: a library that is missing is itself a finding.
 
 PROBED = 32  # held-out rows that rewards are probed on, where the whole page is wanted
+# A way to cheat is sure to be found if it pays more in so many rows, or by so much of an honest caption's score.
+# CIDEr-D, for one, pays for listed words in about half of all photos, and by little.
+CLEAR, MUCH = 2 / 3, 0.25
 
 
 def doctor_rewards(recipe, rows: int = 64):
@@ -96,10 +99,16 @@ def _rewards(section: Section, recipe, parts: Parts) -> None:
     report = probe_rewards(parts.rewards, rows, parts.references)
     section.numbers |= report.as_dict()
     for finding in report.flagged:
-        section.wrong(
-            f"the reward pays more for {finding.probe!r} than for an honest caption, in {finding.outscores:.0%} of "
-            f"{finding.rows} rows: that is what the model will learn",
-            "mmft doctor rewards shows every part; docs/guards.md says what helps",
-        )
+        said = f"{finding.probe!r} than for an honest caption, in {finding.outscores:.0%} of {finding.rows} rows"
+        if finding.outscores >= CLEAR or finding.difference > MUCH * abs(report.honest.get(finding.reward, 0.0)):
+            section.wrong(
+                f"the reward pays more for {said}: that is what the model will learn",
+                "mmft doctor rewards shows every part; docs/guards.md says what helps",
+            )
+        else:
+            section.warn(
+                f"the reward pays a little more for {said}: look for it in the report's captions",
+                "mmft doctor rewards shows every part; docs/guards.md says what watches for it during training",
+            )
     if not report.flagged:
         section.fine(f"none of {len({f.probe for f in report.findings})} ways to cheat pays more than honesty")

@@ -38,7 +38,7 @@ def look_at_rows(section: Section, recipe, parts: Parts) -> None:
         _count(section, name, split, rows, references, recipe)
     if parts.held_out is not None and len(parts.held_out) < FEW:
         section.warn(
-            f"held out are {_rows(len(parts.held_out))}, which is few: hardly any difference will be told from chance",
+            f"only {_rows(len(parts.held_out))} held out: hardly any difference will be told from chance",
             f"hold out {FEW} pictures or more",
         )
     if parts.train is not None and recipe.rollout.prompts_per_step > len(parts.train):
