@@ -64,6 +64,7 @@ def caption(
 
         captioner = Captioner(model, base=base, trust_remote_code=trust_remote_code)
     finally:
+        gc.freeze()  # and in looking through them later, at the end of the process above all
         gc.enable()
     lines: list[dict[str, str]] = []
     captioner.write([], **options)  # what is wrong with the options is no fault of any picture
