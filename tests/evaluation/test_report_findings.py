@@ -74,7 +74,9 @@ def test_a_reward_that_rises_alone_is_called_out():
         for side in ("before", "after", "difference")
     }
     assert [f.state for f in checks(both, [])] == ["good"]
-    alone = both | {"difference": both["difference"] | {"cider_d": interval(0.0)}}
+    unsure = both | {"difference": both["difference"] | {"cider_d": interval(0.2, 0.5)}}  # it rose, perhaps by luck
+    assert [f.state for f in checks(unsure, [])] == ["open"]
+    alone = unsure | {"after": both["after"] | {"cider_d": {"mean": 1.0}}}
     assert [f.state for f in checks(alone, [])] == ["bad"]
 
 
