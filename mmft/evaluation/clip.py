@@ -46,7 +46,7 @@ def expect_clip(name: str | Path) -> None:
     from transformers import AutoConfig
 
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} is no CLIP model that transformers can load: {error}") from error
     if kind != "clip":
@@ -62,7 +62,7 @@ class Clip:
         expect_clip(name)
         try:
             self.model = CLIPModel.from_pretrained(name).eval()
-            self.processor = AutoProcessor.from_pretrained(name)
+            self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         except OSError as error:
             raise ValueError(f"{name} is no CLIP model that transformers can load: {error}") from error
 
