@@ -112,37 +112,10 @@ class PPOTrainer:
         self.callbacks = Callbacks(callbacks, self.config)
         reward_funcs = with_state(reward_funcs, self.callbacks.state)
         self.reward_funcs = as_rewards(reward_funcs, self.config.reward_weights, self.train_dataset)
-        dense = [part.name for part in self.reward_funcs.parts if part.credit != "last" and part.weight != 0.0]
-        if self.config.critic == "none" and dense:
-            raise ValueError(
-                f"reward {dense[0]!r} is credited token by token, but critic='none' takes a response as one action: "
-                "train a critic, or credit the last token"
-            )
         self.guards = Guards(self.config.guards, self.config.skip_spikes, Diagnoses(self.config))
-        if self.guards.may_roll_back and (eval_dataset is None or not self.config.eval_steps):
-            raise ValueError(
-                "a guard with action 'rollback' returns to the best evaluation: set eval_steps (eval.every)"
-            )
+        _require_possible(self.config, self.reward_funcs, self.guards, eval_dataset)
         self.compute_metrics = compute_metrics or self._reward_metrics
-        if not isinstance(model, Policy):
-            if isinstance(model, str):
-                set_seed(self.config.seed)  # of new weights: adapters start at random
-                model, loaded = load_model(model, **loading(self.config, quantization_config))
-                processing_class = processing_class or loaded
-            model = build_policy(
-                model,
-                processing_class,
-                peft_config,
-                self.config.critic,
-                needs_reference=self.config.kl_coef > 0,
-                cache_bytes=self.config.cache_bytes,
-                cache_folder=self.config.cache_folder,
-                cache_disk_bytes=self.config.cache_disk_bytes,
-            )
-        if self.config.gradient_checkpointing:
-            model.checkpoint_activations()
-        if self.config.compile:
-            model.compile_decoder()
+        model = _policy_of(model, processing_class, peft_config, self.config, quantization_config)
         share_backbone(self.reward_funcs, model)
         self.accelerator = distributed.make_accelerator(model, self.config)
         optimizer = distributed.make_optimizer(model, self.config)
@@ -483,6 +456,41 @@ class A2CTrainer(PPOTrainer):
     """Advantage actor-critic: the same loop with one pass and the plain policy gradient. See `PPOTrainer`."""
 
     config_class = A2CConfig
+
+
+def _policy_of(model, processor, peft_config, config: PPOConfig, quantization_config) -> Policy:
+    """The policy to train, made of a name, a model or a policy."""
+    if not isinstance(model, Policy):
+        if isinstance(model, str):
+            set_seed(config.seed)  # of new weights: adapters start at random
+            model, loaded = load_model(model, **loading(config, quantization_config))
+            processor = processor or loaded
+        model = build_policy(
+            model,
+            processor,
+            peft_config,
+            config.critic,
+            needs_reference=config.kl_coef > 0,
+            cache_bytes=config.cache_bytes,
+            cache_folder=config.cache_folder,
+            cache_disk_bytes=config.cache_disk_bytes,
+        )
+    if config.gradient_checkpointing:
+        model.checkpoint_activations()
+    if config.compile:
+        model.compile_decoder()
+    return model
+
+
+def _require_possible(config: PPOConfig, rewards, guards: Guards, held_out) -> None:
+    dense = [part.name for part in rewards.parts if part.credit != "last" and part.weight != 0.0]
+    if config.critic == "none" and dense:
+        raise ValueError(
+            f"reward {dense[0]!r} is credited token by token, but critic='none' takes a response as one action: "
+            "train a critic, or credit the last token"
+        )
+    if guards.may_roll_back and (held_out is None or not config.eval_steps):
+        raise ValueError("a guard with action 'rollback' returns to the best evaluation: set eval_steps (eval.every)")
 
 
 def _require_rows(train, held_out) -> None:
