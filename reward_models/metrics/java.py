@@ -147,6 +147,7 @@ class _Child:
             got = [b""]
         finally:
             timer.cancel()
+            timer.join()  # it holds on to this child, which could not end with its owner before the thread has
         if late.is_set():
             raise TimeoutError(f"{self._name}: row {row}: Java gave no answer within {self._timeout:g} s")
         if not all(got):
