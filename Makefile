@@ -9,6 +9,8 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 # More threads only slow so small a model down.
 THREADS ?= 2
+# Processes that share the tests, of one thread each and up to 3 GiB.
+WORKERS ?= 2
 # Named in full, so that accelerate neither asks for a config file nor warns that there is none.
 LAUNCH := $(VENV)/bin/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no \
           --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
@@ -22,7 +24,7 @@ demo: $(VENV)/.installed
 	@echo "The report: $(RUN)/report.html"
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 # Runs that are killed, starved and hung by the dozen (docs/reliability.md): an hour on two cores.
 soak: $(VENV)/.installed-dev

@@ -1,9 +1,10 @@
-"""LoRA layers as one product: x (W + s B A)^T in place of x W^T + s (x A^T) B^T.
+"""LoRA layers in as little work as they need: y = x (W + s B A)^T + c.
 
-The same numbers to rounding, with fewer floating-point operations wherever a layer reads more tokens than
-in * out / (in + out), and without two further passes over its output. For narrow models, where rank 16 is no longer
-small beside the width, that is a quarter of the update. Full precision alone: in half precision a small update would
-be lost in the rounding of W.
+The same numbers as PEFT's x W^T + s (x A^T) B^T to rounding. Where a layer reads more tokens than
+in * out / (in + out), W + s B A is made and one product taken, which for narrow models, where rank 16 is no longer
+small beside the width, saves a quarter of the update. Where it reads fewer, the thin product is added in place, without
+further passes over the output. Full precision alone: in half precision a small update would be lost in the rounding
+of W.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn.functional import linear
+
+from mmft.vlm.products import Linear, linear, packed
 
 # Folded weights are kept for a whole rollout when all of them together are no larger than this.
 _KEPT_BYTES = 512 << 20
 
 
 class FoldedLora(LoraLinear):
-    """PEFT's LoRA layer, computed as one product where that is cheaper; else as PEFT does. See `fold_lora`."""
+    """PEFT's LoRA layer, computed by `_LoraProduct` where that can be; else as PEFT does. See `fold_lora`."""
 
     folded: Tensor | None = None  # W + s B A, while it is kept
 
@@ -31,9 +33,6 @@ class FoldedLora(LoraLinear):
             return linear(x, self.folded, base.bias)
         if args or kwargs or self.disable_adapters or not self._foldable(x):
             return super().forward(x, *args, **kwargs)
-        out_features, in_features = base.weight.shape
-        if x.shape[:-1].numel() * (in_features + out_features) <= in_features * out_features:
-            return super().forward(x)
         a, b, scaling = self._parts()
         return _LoraProduct.apply(x, base.weight, base.bias, a, b, scaling)
 
@@ -55,7 +54,7 @@ class FoldedLora(LoraLinear):
             return False
         a, b, dropout = self.lora_A[names[0]], self.lora_B[names[0]], self.lora_dropout[names[0]]
         return (
-            type(base) is nn.Linear
+            type(base) in (nn.Linear, Linear)
             and all(layer.weight.dtype == x.dtype == torch.float32 for layer in (base, a, b))
             and not any(parameter.requires_grad for parameter in base.parameters())
             and a.bias is None
@@ -68,27 +67,38 @@ class FoldedLora(LoraLinear):
 class _LoraProduct(torch.autograd.Function):
     """y = x (W + s B A)^T + c, with gradients for x, A and B.
 
-    W + s B A is made again in the backward pass instead of being kept for it: r / tokens of a product's work.
+    By one product where that is less work than by two more thin ones. W + s B A is then made again in the backward
+    pass instead of being kept for it: r / tokens of a product's work.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scaling = scaling
-        return linear(x, torch.addmm(weight, b, a, alpha=scaling), bias)
+        flat, (out_features, in_features) = x.flatten(0, -2), weight.shape
+        ctx.one = len(flat) * (in_features + out_features) > in_features * out_features
+        ctx.scaling, thin = scaling, flat @ a.t()  # (M, r)
+        ctx.save_for_backward(x, weight, a, b, thin)
+        if ctx.one:
+            return linear(x, torch.addmm(weight, b, a, alpha=scaling), bias)
+        return linear(flat, weight, bias).addmm_(thin, b.t(), alpha=scaling).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        x, weight, a, b = ctx.saved_tensors
-        dy, flat = gradient.flatten(0, -2), x.flatten(0, -2)
-        dx = (dy @ torch.addmm(weight, b, a, alpha=ctx.scaling)).view_as(x) if ctx.needs_input_grad[0] else None
-        da = (dy @ b).t() @ flat * ctx.scaling if ctx.needs_input_grad[3] else None
-        db = dy.t() @ (flat @ a.t()) * ctx.scaling if ctx.needs_input_grad[4] else None
+        x, weight, a, b, thin = ctx.saved_tensors
+        dy, flat, dx = gradient.flatten(0, -2), x.flatten(0, -2), None
+        d_thin = dy @ b * ctx.scaling
+        if ctx.needs_input_grad[0]:
+            if ctx.one:
+                dx = linear(dy, torch.addmm(weight, b, a, alpha=ctx.scaling).t())
+            else:
+                dx = linear(dy, weight.t()).addmm_(d_thin, a)
+            dx = dx.view_as(x)
+        da = d_thin.t() @ flat if ctx.needs_input_grad[3] else None
+        db = dy.t() @ thin * ctx.scaling if ctx.needs_input_grad[4] else None
         return dx, None, None, da, db, None
 
 
 def fold_lora(model: nn.Module) -> None:
-    """Lets every LoRA layer of the model compute itself as one product where that pays."""
+    """Lets every LoRA layer of the model compute itself in as little work as it needs."""
     for module in model.modules():
         if type(module) is LoraLinear and not module.fan_in_fan_out:
             module.__class__ = FoldedLora
@@ -102,15 +112,17 @@ def unfold_lora(model: nn.Module) -> None:
 
 
 @contextmanager
-def folded(model: nn.Module) -> Iterator[None]:
-    """Keeps folded weights while many tokens are decoded without gradient, where they are small enough."""
+def folded(model: nn.Module, rows: int) -> Iterator[None]:
+    """Keeps folded weights while tokens of ``rows`` responses are decoded without gradient, where they are small
+    enough."""
     layers = [module for module in model.modules() if isinstance(module, FoldedLora)]
     size = sum(layer.base_layer.weight.nbytes for layer in layers)
     try:
         if size <= _KEPT_BYTES:
             with torch.no_grad():
                 for layer in layers:
-                    layer.folded = layer.fold()
+                    weight = layer.fold()
+                    layer.folded = None if weight is None else packed(weight, rows)
         yield
     finally:
         for layer in layers:

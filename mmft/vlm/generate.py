@@ -61,7 +61,7 @@ def generate(
     was_training = policy.training
     policy.eval()
     try:
-        with _folded(policy.model):
+        with _folded(policy.model, len(prompts) * num_generations):
             return _decode(policy, prompts, num_generations, max_new_tokens, temperature, uniforms)
     finally:
         policy.train(was_training)
@@ -95,13 +95,13 @@ def draws(row_ids: list[str], num_generations: int, length: int, seed: int | Non
     return torch.from_numpy(np.concatenate(rows))
 
 
-def _folded(model: torch.nn.Module):
+def _folded(model: torch.nn.Module, rows: int):
     """`adapters.folded`, where there are adapters: the import of PEFT takes half a second."""
     if not hasattr(model, "peft_config"):
         return nullcontext()
     from mmft.vlm.adapters import folded
 
-    return folded(model)
+    return folded(model, rows)
 
 
 def _decode(policy, prompts, group, length, temperature, uniforms) -> tuple[Responses, TokenOutputs]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmft.vlm.products import Linear, linear
+
 CHUNK_BYTES = 16 << 20  # of fp32 logits made at a time
 KEPT_BYTES = 48 << 20  # of probabilities kept for the backward pass
 
@@ -49,7 +51,7 @@ class Distribution:
         return logits.index_fill_(-1, self.banned_ids, float("-inf"))
 
 
-class ScoringHead(nn.Linear):
+class ScoringHead(Linear):
     """A language-model head within whose call tokens are scored.
 
     ZeRO-3 brings a module's weights when the module is called: read from outside they may not be there, and called
@@ -63,7 +65,7 @@ class ScoringHead(nn.Linear):
 def score_in_head(model: nn.Module) -> None:
     """Makes the model's head a `ScoringHead`."""
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
+    if type(head) in (nn.Linear, Linear):
         head.__class__ = ScoringHead
 
 
@@ -83,7 +85,7 @@ def _score_all(
     head = distribution.head
     size = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
     fused = (
-        type(head) in (nn.Linear, ScoringHead)
+        type(head) in (nn.Linear, Linear, ScoringHead)
         and head.weight.dtype == hidden.dtype
         and distribution.softcap is None
         and not torch.is_autocast_enabled(hidden.device.type)
@@ -145,14 +147,14 @@ class _TokenLogprobs(torch.autograd.Function):
             probabilities = _logits(hidden, weight, bias, banned_ids, ctx.temperature).softmax(-1)
         gradient = gradient[:, None] / ctx.temperature
         d = probabilities.mul_(-gradient).scatter_add_(-1, targets[:, None], gradient).to(hidden.dtype)
-        d_hidden = d @ weight if ctx.needs_input_grad[0] else None
+        d_hidden = linear(d, weight.t()) if ctx.needs_input_grad[0] else None
         d_weight = d.t() @ hidden if ctx.needs_input_grad[1] else None
         d_bias = d.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, banned_ids: Tensor, temperature: float) -> Tensor:
-    logits = nn.functional.linear(hidden, weight, bias)
+    logits = linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1.0:
         logits = logits.div_(temperature)

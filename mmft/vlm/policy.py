@@ -20,6 +20,7 @@ from mmft.vlm.families import Family, end_tokens, family_of, never_sampled
 from mmft.vlm.logprobs import Distribution, token_logprobs
 from mmft.vlm.pictures import Pictures, joined_features
 from mmft.vlm.prefix import pack
+from mmft.vlm.products import quicken
 
 
 class ValueHead(nn.Linear):
@@ -76,6 +77,8 @@ class Policy(nn.Module):
                 f"without it: {reasons}",
                 stacklevel=2,
             )
+        for quickened in (model, *([reference] if reference is not None else [])):
+            quicken(quickened)
         if hasattr(model, "peft_config"):
             from mmft.vlm.adapters import fold_lora  # PEFT; without adapters nobody waits for its import
 
