@@ -8,6 +8,8 @@ from functools import partial
 
 import torch
 
+from mmft.vlm.products import linear
+
 SQUARES = (1024, 2048, 4096)
 READ_MIB = (1, 4, 16, 64, 256, 1024)
 
@@ -27,7 +29,8 @@ def seconds(function: Callable[[], object], device: torch.device, least: float =
 
 
 def product_rate(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, least: float = 0.15) -> float:
-    """FLOP/s of (rows, inner) @ (inner, outer), the right side laid out as it is or transposed, whichever is faster."""
+    """FLOP/s of (rows, inner) @ (inner, outer) at the fastest of: the right side as it is or transposed by `torch.mm`,
+    or by the engine's own way to a product."""
     rows, inner, outer = size
     a = torch.randn(rows, inner, device=device, dtype=dtype)
     right = (
@@ -35,7 +38,8 @@ def product_rate(size: tuple[int, int, int], dtype: torch.dtype, device: torch.d
         torch.randn(outer, inner, device=device).to(dtype).t(),
     )
     out = torch.empty(rows, outer, device=device, dtype=dtype)
-    return 2.0 * rows * inner * outer / min(seconds(partial(torch.mm, a, b, out=out), device, least) for b in right)
+    ways = [*(partial(torch.mm, a, b, out=out) for b in right), *(partial(linear, a, b.t()) for b in right)]
+    return 2.0 * rows * inner * outer / min(seconds(way, device, least) for way in ways)
 
 
 def square_rates(dtype: torch.dtype, device: torch.device) -> dict[int, float]:

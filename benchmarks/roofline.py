@@ -3,10 +3,10 @@
     python benchmarks/roofline.py [--shape smolvlm256m] [--steps 5] [--dtype float32|bfloat16] [--json FILE]
                                   [--plot FILE]
 
-Ceilings: `torch.mm` at large squares, fp32 and bf16, and at the sizes of each phase; reading and copying arrays. Work:
-floating-point operations and bytes that cannot be left out (`_work.py`), from the model's layers. Time: medians of
-`PPOTrainer.step` in a process of its own, after one step that is not counted; the rollout is divided by forward hooks
-into preparing the rows, vision tower, prefill and decoding. Per phase:
+Ceilings: products of large squares, fp32 (MKL or oneDNN, whichever is faster) and bf16, and at the sizes of each phase;
+reading and copying arrays. Work: floating-point operations and bytes that cannot be left out (`_work.py`), from the
+model's layers. Time: medians of `PPOTrainer.step` in a process of its own, after one step that is not counted; the
+rollout is divided by forward hooks into preparing the rows, vision tower, prefill and decoding. Per phase:
 
     must     GFLOP that have to be done        done   those that torch's FlopCounterMode saw, times `must`
     peak     GFLOP/s, as share of the best square product; `sizes`: as share of products of this phase's own sizes
@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,8 +45,9 @@ from benchmarks._models import SHAPES, Shape, build  # noqa: E402
 
 TARGET = 0.5  # the update's share of the measured matrix-product rate, at smolvlm256m
 PARTS = ("prepare", "vision", "prefill", "decode", "reference", "update")
-# torch's own counter leaves out attention on CPUs; its formulas get shapes in place of tensors.
-_CPU_ATTENTION = {
+# torch's own counter leaves out what CPUs alone have; its formulas get shapes in place of tensors.
+_CPU_OPERATORS = {
+    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * prod(x) * weight[0],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
@@ -139,7 +141,7 @@ def measure(shape: Shape, folder: Path, steps: int, dtype: str) -> dict[str, Any
                 raise RuntimeError(f"responses of {logged['response_length']} tokens, expected {shape.length}")
             seconds.append({part: spent[part] for part in PARTS})
             phases.append({key: logged[key] for key in logged if key.startswith("time/")} | {"all": logged["seconds"]})
-        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        counter = FlopCounterMode(display=False, custom_mapping=_CPU_OPERATORS)
         with counter, divided(made, counter.get_total_flops) as done:
             made.step(steps + 2)
     return {
@@ -206,7 +208,7 @@ def table(found: dict[str, Any], shape: Shape, dtype: str) -> str:
     """Ceilings, then a line per part, then the target."""
     ceilings, lines = found["ceilings"], lines_of(found, dtype)
     text = [
-        f"torch.mm, {kind}: " + ", ".join(f"{n} {rate / 1e9:.0f}" for n, rate in ceilings[kind].items()) + " GFLOP/s"
+        f"products, {kind}: " + ", ".join(f"{n} {rate / 1e9:.0f}" for n, rate in ceilings[kind].items()) + " GFLOP/s"
         for kind in ("float32", "bfloat16")
     ]
     text += [

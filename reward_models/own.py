@@ -85,7 +85,7 @@ def load_function(path: str, options: Mapping[str, Any]) -> Callable[..., Any]:
 def check_options(attribute: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raises ValueError for an option that a function, or the constructor of a class, has no parameter for."""
     try:
-        names = _parameters(function)
+        names = parameters(function)
     except (TypeError, ValueError):  # written in C
         return
     for option in options:
@@ -95,18 +95,19 @@ def check_options(attribute: str, function: Callable[..., Any], options: Mapping
             raise ValueError(f"{attribute} has no option {option!r}; {hint}")
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Named parameters of a function, or of a class and those that its `**keywords` may reach by inheritance."""
     makers = [function]
     if isinstance(function, type):
         makers += [vars(base)["__init__"] for base in function.__mro__[:-1] if "__init__" in vars(base)]
-    names: list[str] = []
+    named: dict[str, inspect.Parameter] = {}
     for maker in makers:
         found = inspect.signature(maker).parameters.values()
-        names += [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in names]
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        named |= {p.name: p for p in found if p.kind in kinds and p.name not in named}
         if not any(p.kind is p.VAR_KEYWORD for p in found):
             break
-    return [name for name in names if name not in _GIVEN]
+    return {name: parameter for name, parameter in named.items() if name not in _GIVEN}
 
 
 def signature_of(function: Any, options: Mapping[str, Any] | None = None) -> str:

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from mmft.cli.files import prepare
 from mmft.cli.progress import Advance, progress
-from mmft.recipe import load_recipe
+from mmft.recipe import Recipe, load_recipe
 
 
 class _CheckUnlessSaid(TyperGroup):
@@ -36,6 +36,7 @@ class _CheckUnlessSaid(TyperGroup):
 
 
 app = typer.Typer(cls=_CheckUnlessSaid)
+SUPERVISED = "caption_sft.py"  # trains on captions alone
 
 
 @app.callback()
@@ -80,22 +81,43 @@ def check(
     """
     if recipe is not None and "=" in recipe.name and not recipe.exists():
         raise ValueError(f"{recipe} changes a recipe; expected the recipe before it: mmft doctor RECIPE.yaml {recipe}")
-    read, following = None, "mmft doctor recipes/caption_ppo.yaml"
+    read, following, supervised = None, "mmft doctor recipes/caption_ppo.yaml", False
     if recipe is not None:
         read = load_recipe(recipe, overrides)
-        own = recipe.with_suffix(".py")
-        script = own if own.is_file() else f"recipes/caption_{read.algorithm.name}.py"
+        script = _script(recipe, read)
         following = shlex.join(["accelerate", "launch", str(script), str(recipe), *(overrides or [])])
+        supervised = script.name == SUPERVISED
     prepare(file)
     with _working("loading the libraries") as advance:
         from mmft.training.doctor import examine  # torch and transformers: only once the recipe is sound
 
-        page = examine(read, following, quick, lambda title: advance(0, f"looking at: {title.lower()}"))
+        page = examine(read, following, quick, lambda title: advance(0, f"looking at: {title.lower()}"), supervised)
     if file:
         file.write_text(json.dumps(page.as_dict(), indent=1, default=str), encoding="utf-8")
     shown = (sys.stdout.encoding or "ascii").lower().replace("-", "")
     print(page.text(colour=_coloured(), plain=not shown.startswith("utf")))
     raise typer.Exit(0 if page.fine else 1)
+
+
+def _script(file: Path, recipe: Recipe) -> Path:
+    """The script that runs a recipe: its own, or the one for what its sections speak of.
+
+    A file with a section `warm_start`, and none for reinforcement learning, is trained on captions alone.
+    """
+    own = file.with_suffix(".py")
+    if own.is_file():
+        return own
+    learns = {"rewards", "algorithm", "train"} & recipe.model_fields_set
+    alone = recipe.warm_start is not None and not learns
+    return Path("recipes") / (SUPERVISED if alone else f"caption_{recipe.algorithm.name}.py")
+
+
+def _require_rewards(file: Path, recipe: Recipe, what: str) -> None:
+    if _script(file, recipe).name == SUPERVISED:
+        raise ValueError(
+            f"{file}: it is trained on captions alone ({SUPERVISED}), and {what}; expected a recipe with a section "
+            f"rewards, algorithm or train. What there is to say of this one: mmft doctor {file}"
+        )
 
 
 def _coloured() -> bool:
@@ -115,6 +137,7 @@ def rewards(
       mmft doctor rewards recipes/caption_ppo.yaml
     """
     read = load_recipe(recipe, overrides)
+    _require_rewards(recipe, read, "nothing is rewarded")
     prepare(file)
     with _working("asking the rewards"):
         from mmft.training.doctor import doctor_rewards  # torch and transformers: only once the recipe is sound
@@ -142,6 +165,7 @@ def memory(
     if device_gib is not None and not 0 < device_gib < math.inf:
         raise ValueError(f"--device-gib {device_gib:g}: expected the GPU's memory in GiB, such as 24")
     read = load_recipe(recipe, overrides)
+    _require_rewards(recipe, read, "the plan is of reinforcement learning")
     prepare(file)
     with _working("planning memory"):
         from mmft.training.memory import plan_memory

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmft.data.rows import listed
 from reward_models.picture_files import refuse_outward
 
 
@@ -30,6 +31,7 @@ class Captions:
     texts: dict[str, list[str]] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)  # while it is read: all are told at once
 
 
 def _read_text(path: Path) -> str:
@@ -57,24 +59,43 @@ def read_list(path: Path) -> list[str]:
 
 
 def read_captions(path: Path, file: str, caption: str) -> Captions:
-    """Reads a captions file; ``file`` and ``caption`` are the columns of a CSV. Errors name file and place."""
-    if path.suffix.lower() == ".json":
-        return _read_json(path)
-    return _read_csv(path, file, caption)
+    """Reads a captions file; ``file`` and ``caption`` are the columns of a CSV.
+
+    Raises:
+        ValueError: names file and place; of several mistakes the first ten, and how many there are.
+    """
+    captions = Captions(path)
+    try:
+        if path.suffix.lower() == ".json":
+            _read_json(captions)
+        else:
+            _read_csv(captions, file, caption)
+    except ValueError as error:  # nothing after it can be read
+        captions.mistakes.append(str(error))
+    found = list(dict.fromkeys(captions.mistakes))  # a name that several captions share is refused with each
+    if found:
+        raise ValueError(found[0] if len(found) == 1 else listed(f"{path}: {len(found)} mistakes", found))
+    return captions
 
 
 def _add(captions: Captions, name: Any, text: Any, where: str) -> None:
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"{where}: no picture name; expected one per caption")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: the caption of {name} is empty; expected words, or take it out")
+        captions.mistakes.append(f"{where}: no picture name; expected one per caption")
+        return
     if name not in captions.texts:
-        refuse_outward(name, where)
+        try:
+            refuse_outward(name, where)
+        except ValueError as error:
+            captions.mistakes.append(str(error))
+            return
+    if not isinstance(text, str) or not text.strip():
+        captions.mistakes.append(f"{where}: the caption of {name} is empty; expected words, or take it out")
+        return
     captions.texts.setdefault(name, []).append(text.strip())
 
 
-def _read_csv(path: Path, file: str, caption: str) -> Captions:
-    captions = Captions(path)
+def _read_csv(captions: Captions, file: str, caption: str) -> None:
+    path = captions.path
     # Strict: an open quote would otherwise swallow the lines after it. StringIO: str.splitlines would also break
     # captions at odd separators such as U+2028.
     lines = io.StringIO(_read_text(path), newline="")
@@ -90,10 +111,11 @@ def _read_csv(path: Path, file: str, caption: str) -> Captions:
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise ValueError(
+                captions.mistakes.append(
                     f"{path}:{reader.line_num}: got {len(cells)} columns, expected {len(header)} as in the header "
                     "(put quotes around a caption that holds a comma)"
                 )
+                continue
             _add(captions, cells[name].strip(), cells[text], f"{path}:{reader.line_num}")
             others = {
                 key: cell for i, (key, cell) in enumerate(zip(header, cells, strict=True)) if i not in (name, text)
@@ -102,10 +124,10 @@ def _read_csv(path: Path, file: str, caption: str) -> Captions:
                 captions.columns.setdefault(cells[name].strip(), others)
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-    return captions
 
 
-def _read_json(path: Path) -> Captions:
+def _read_json(captions: Captions) -> None:
+    path = captions.path
     try:
         data = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
@@ -115,13 +137,15 @@ def _read_json(path: Path) -> Captions:
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply; expected captions as COCO, Karpathy or MSR-VTT") from None
     if isinstance(data, dict) and isinstance(data.get("videos"), list) and isinstance(data.get("sentences"), list):
-        return _read_msrvtt(path, data["videos"], data["sentences"])
+        _read_msrvtt(captions, data["videos"], data["sentences"])
+        return
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
         raise ValueError(f"{path}: no list 'images'; expected captions as COCO, Karpathy or MSR-VTT")
     if isinstance(data.get("annotations"), list):
-        return _read_coco(path, images, data["annotations"])
-    return _read_karpathy(path, images)
+        _read_coco(captions, images, data["annotations"])
+    else:
+        _read_karpathy(captions, images)
 
 
 def _get(entry: Any, key: str, where: str) -> Any:
@@ -136,8 +160,8 @@ def _plain(entry: dict[str, Any], *known: str) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if isinstance(value, str | int | float) and key not in known}
 
 
-def _read_coco(path: Path, images: list[Any], annotations: list[Any]) -> Captions:
-    captions = Captions(path)
+def _read_coco(captions: Captions, images: list[Any], annotations: list[Any]) -> None:
+    path = captions.path
     names: dict[Any, str] = {}
     for index, entry in enumerate(images):
         where = f"{path}: images[{index}]"
@@ -156,11 +180,10 @@ def _read_coco(path: Path, images: list[Any], annotations: list[Any]) -> Caption
         if not isinstance(number, int | str) or number not in names:
             raise ValueError(f"{where}: image_id {number!r} is not among the images of the file")
         _add(captions, names[number], text, where)
-    return captions
 
 
-def _read_karpathy(path: Path, images: list[Any]) -> Captions:
-    captions = Captions(path)
+def _read_karpathy(captions: Captions, images: list[Any]) -> None:
+    path = captions.path
     for index, entry in enumerate(images):
         where = f"{path}: images[{index}]"
         name, sentences = str(_get(entry, "filename", where)), _get(entry, "sentences", where)
@@ -174,11 +197,10 @@ def _read_karpathy(path: Path, images: list[Any]) -> Captions:
             _add(captions, name, _get(sentence, "raw", where), where)
         captions.parts[name] = str(_get(entry, "split", where))
         captions.columns[name] = {key.replace("cocoid", "image_id"): value for key, value in _plain(entry).items()}
-    return captions
 
 
-def _read_msrvtt(path: Path, videos: list[Any], sentences: list[Any]) -> Captions:
-    captions = Captions(path)
+def _read_msrvtt(captions: Captions, videos: list[Any], sentences: list[Any]) -> None:
+    path = captions.path
     for index, entry in enumerate(videos):
         where = f"{path}: videos[{index}]"
         name = f"{_get(entry, 'video_id', where)}.mp4"
@@ -194,4 +216,3 @@ def _read_msrvtt(path: Path, videos: list[Any], sentences: list[Any]) -> Caption
         if name not in captions.texts:
             raise ValueError(f"{where}: video_id {entry['video_id']!r} is not among the videos of the file")
         _add(captions, name, _get(entry, "caption", where), where)
-    return captions

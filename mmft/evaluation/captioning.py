@@ -42,7 +42,7 @@ class MetricInfo(NamedTuple):
         """The value for people; a dash where there is none. `signed`: it is a difference (of shares: in points)."""
         if value is None or not np.isfinite(value):
             return "–"
-        sign = "+" if signed else ""
+        sign = "+z" if signed else "z"  # z: what is rounded to 0 has no minus
         if self.percent:
             text = f"{100 * value:{sign}.1f} {'pp' if signed else '%'}"
         else:

@@ -186,7 +186,7 @@ def _labels(ticks: Sequence[float]) -> list[str]:
     labels = [short(tick) for tick in ticks]
     if len(set(labels)) < len(labels):
         decimals = -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-6)
-        labels = [f"{tick:.{max(0, decimals)}f}".replace("-", "−") for tick in ticks]
+        labels = [f"{tick:z.{max(0, decimals)}f}".replace("-", "−") for tick in ticks]
     return labels
 
 
@@ -212,5 +212,5 @@ def short(value: float) -> str:
         mantissa, exponent = f"{value:.1e}".split("e")
         text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     else:
-        text = f"{value:.4g}" if size >= 1000 else f"{value:.3g}"
+        text = f"{value:.4g}" if size >= 1000 else f"{value:z.3g}"
     return text.replace("-", "−")

@@ -365,4 +365,4 @@ def _whole(share: float) -> str:
 
 def percent(share: float) -> str:
     """A relative change for people."""
-    return f"{100 * share:+.1f} %".replace("-", "−")
+    return f"{100 * share:+z.1f} %".replace("-", "−")

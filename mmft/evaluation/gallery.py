@@ -182,7 +182,7 @@ def _level(value: float, scale: float) -> int:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{value:+z.2f}".replace("-", "−")
 
 
 def _runs(words: Sequence[str], changed: Sequence[bool]) -> list[Word]:

@@ -120,14 +120,16 @@ def evaluate(
     training = next((side.training for side in sides if side.training is not None), None)
     given = [side.given(pictures, kept, columns, training=training, objects=words, clip=clip) for side in sides]
     with _kept(output, given[0]):
-        scored = []
-        for side, captions in zip(sides, given, strict=True):
-            with progress(len(SUITE if metrics is None else metrics), f"scoring {side.name}") as advance:
-                scored.append(Side(side.name, captions, score(captions, metrics, advance)))
+        scored = [_scored(side.name, captions, metrics, progress) for side, captions in zip(sides, given, strict=True)]
         found = Evaluation(settings, *scored, groups=_among(groups, kept))
     if output is not None:
         found.folder = found.save(output)
     return found
+
+
+def _scored(name: str, captions: Captioned, metrics: Sequence[str] | None, progress: Progress) -> Side:
+    with progress(len(SUITE if metrics is None else metrics), f"scoring {name}") as advance:
+        return Side(name, captions, score(captions, metrics, advance))
 
 
 def _of_use(

@@ -54,6 +54,19 @@ def impossible(r: Recipe) -> list[tuple[Key, list[Key], str]]:
         f"got {model.quantize}, expected null with model.tune {model.tune} (quantized weights cannot be trained)",
     )
     check(
+        model.adapter is None or model.tune in ("lora", "hybrid"),
+        "model.adapter",
+        "model.tune",
+        f"got {show(model.adapter)}, expected null with model.tune {model.tune} (which trains no adapter)",
+    )
+    check(
+        model.adapter is None or r.warm_start is None,
+        "model.adapter",
+        "warm_start",
+        f"got {show(model.adapter)}, expected null with a warm start, which would train the model under the adapter "
+        "(set warm_start to null to go on from the adapter)",
+    )
+    check(
         r.eval.patience is None or r.eval.every > 0,
         "eval.patience",
         "eval.every",

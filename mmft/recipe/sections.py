@@ -48,6 +48,12 @@ class Model(Section):
     name: str = Field(
         "scenes-vlm", min_length=1, description="bundled model, or a hub id or folder of an image-text-to-text model"
     )
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="go on from this LoRA adapter: a run folder, an adapter's folder or user/name on the Hub. `name` "
+        "is its base model, `lora` must be as it was trained; null = a new one",
+    )
     quantize: Literal["nf4", "int8"] | None = Field(
         None, description="frozen weights in 4 or 8 bits (needs a GPU and the extra `quant`); null = as they are"
     )
@@ -198,7 +204,7 @@ class Train(Section):
         None, gt=0, description="of the value head, which starts at zero and has far to go; null = learning_rate"
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="of both rates; the last two fall to 0"
+        "linear", description="of both rates; the last two fall to 0"
     )
     warmup_steps: int = Field(0, ge=0, description="steps over which the rates rise from 0")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients longer than this are shortened")
@@ -248,6 +254,10 @@ class Eval(Section):
         description="evaluations without a new best before the run ends with the best state; null = never",
     )
     rows: int = Field(512, ge=1, description="the first so many rows of data.eval")
+    rewards: bool = Field(
+        True,
+        description="the rewards score held-out captions, too, for the report; false saves time with a judge or http",
+    )
 
 
 class Output(Section):

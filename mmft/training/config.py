@@ -32,7 +32,7 @@ _RANGES: dict[type[BaseModel], dict[str, str]] = {
         name: name for name in Train.model_fields if name not in ("steps", "lr_schedule", "save_every", "warmup_steps")
     }
     | {"max_steps": "steps"},
-    Eval: {"patience": "patience", "eval_rows": "rows", "eval_batch": "rows"},
+    Eval: {"patience": "patience", "eval_rows": "rows", "eval_batch": "rows", "eval_rewards": "rewards"},
 }
 
 
@@ -78,6 +78,8 @@ class PPOConfig:
         timeout: seconds one phase of a step may take before all processes are ended (None = for ever).
         eval_rows: at most this many rows of the evaluation set.
         eval_batch: prompts decoded together in evaluation.
+        eval_rewards: the reward functions score held-out responses, too, for the report; needed where they are the
+            metrics (no ``compute_metrics``).
         engine: what writes responses in training: "native", "hf" or "vllm" (see `mmft.training.engines`).
         vllm: options of the last: ``url``, ``memory``, ``timeout``, ``tolerance``; None = its defaults.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -131,6 +133,7 @@ class PPOConfig:
     patience: int | None = None
     eval_rows: int = 512
     eval_batch: int = 64
+    eval_rewards: bool = True
     engine: str = "native"
     vllm: dict[str, Any] | None = None
     gradient_checkpointing: bool = False
@@ -222,6 +225,7 @@ def from_recipe(recipe) -> PPOConfig:
         cache_disk_bytes=cache.disk_mib << 20,
         eval_steps=recipe.eval.every,
         eval_rows=recipe.eval.rows,
+        eval_rewards=recipe.eval.rewards,
         patience=recipe.eval.patience,
         report_to=tuple(recipe.output.trackers),
         guards=_guards(recipe.guards),

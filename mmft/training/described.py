@@ -1,7 +1,7 @@
 """The recipe of a run that was put together in Python, so that it can be published, evaluated and read as any other.
 
-What a recipe has words for is written as it is. Rows and rewards that are objects of the program get a name that says
-so, by which nobody can load them again.
+What a recipe has words for is written as it is, with the options that a reward object was made with. Rows and rewards
+that are objects of the program get a name that says so, by which nobody can load them again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from mmft.recipe.strict_yaml import dotted
 from mmft.training.config import A2CConfig, PPOConfig
 from mmft.training.evaluate import text_row
 from mmft.vlm.load import BUNDLED
-from reward_models.named import BUILT_IN
+from reward_models.named import BUILT_IN, built_in
+from reward_models.options import options_of
 
 if TYPE_CHECKING:
     from mmft.training.trainer import PPOTrainer
@@ -34,6 +35,7 @@ def describe(trainer: PPOTrainer, path: Path) -> None:
     config = trainer.config
     options = asdict(config) | {"steps": config.max_steps, "lr_schedule": config.lr_scheduler_type}
     options |= {"save_every": config.save_steps, "every": config.eval_steps, "rows": config.eval_rows}
+    options["rewards"] = config.eval_rewards
     said = {
         name: {
             key: options[key]
@@ -108,10 +110,11 @@ def _data(trainer: PPOTrainer) -> dict[str, Any]:
 
 def _reward(part) -> dict[str, Any]:
     kind = part.function if isinstance(part.function, type) else type(part.function)
-    place = f"{kind.__module__}:{kind.__qualname__}"
-    name = next((name for name, built_in in BUILT_IN.items() if built_in == place), None)
+    alike = (name for name, place in BUILT_IN.items() if place.rpartition(":")[2] == kind.__qualname__)
+    name = next((name for name in alike if built_in(name) is kind), None)
     if name is None:
         own = getattr(part.function, "__name__", kind.__name__)
         name = f"python:{own if own.isidentifier() else 'reward'}"
     said = {"name": name, "weight": part.weight, "credit": part.credit, "nonfinite": part.nonfinite, "as": part.name}
-    return said | {"normalize": part.normalize, "clip": None if part.clip is None else list(part.clip)}
+    said |= {"normalize": part.normalize, "clip": None if part.clip is None else list(part.clip)}
+    return said | {"options": options_of(part.function)}

@@ -131,6 +131,11 @@ def _parameter_groups(policy: Policy, config: PPOConfig) -> list[dict[str, Any]]
 def prepare(accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
     """The policy and its optimizer as this run's engine wants them."""
     engine = engine_of(accelerator)
+    if engine in ("zero3", "fsdp2") and any(hasattr(reference, "peft_config") for reference in policy._reference):
+        raise ValueError(
+            f"the reference shares its frozen weights with the policy, and {engine} takes them apart: to go on from an "
+            "adapter (model.adapter), launch by DDP or ZeRO 1 or 2, or set algorithm.kl_coef to 0"
+        )
     for reference in policy._reference:  # no part of the module, so nobody else moves it
         reference.to(accelerator.device)
     if engine == "zero3":

@@ -10,6 +10,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mmft.training.distributed import layout
 from mmft.training.evaluate import text_row
 from mmft.vlm.media import NAMES
@@ -17,6 +19,7 @@ from reward_models.preference.backbone import fingerprint as weights_digest
 
 if TYPE_CHECKING:
     from mmft.training.trainer import PPOTrainer
+    from mmft.vlm.policy import Policy
 
 _MOST_ROWS = 20_000  # looked at, spread evenly: a second's work
 _MEDIA = {"images", *NAMES}
@@ -40,6 +43,7 @@ def fingerprint(trainer: PPOTrainer) -> dict[str, Any]:
         "optimizer": config.optimizer,
         "trained_weights": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16],
         "base_model": weights_digest(model),
+        "start": _start(trainer.policy),
         "dataset": rows_digest(trainer.train_dataset),
         "held_out": None if held_out is None else rows_digest(held_out, config.eval_rows),
         "rewards": trainer.signatures(),
@@ -98,3 +102,13 @@ def rows_digest(dataset: Any, limit: int | None = None) -> str:
 
 def _target(modules: Any) -> Any:
     return modules if isinstance(modules, str) else sorted(modules)
+
+
+def _start(policy: Policy) -> str | None:
+    """The adapter that training started from and that the reference keeps; None for a new one, which says nothing."""
+    digest = hashlib.sha256()
+    kept = [reference for reference in policy._reference if hasattr(reference, "peft_config")]
+    for name, weight in sorted(kept[0].named_parameters()) if kept else ():
+        if "lora_" in name or "modules_to_save" in name:
+            digest.update(name.encode() + weight.detach().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16] if kept else None

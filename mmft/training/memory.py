@@ -143,7 +143,7 @@ def plan_memory(
     if device == "cuda":
         base, available = CUDA_CONTEXT, int(device_gib * GIB)
     else:
-        base, available = base or measured_base(recipe), _ram() // ranks
+        base, available = base or measured_base(recipe), ram() // ranks
     phases = _phases(recipe, config, policy, trace, len(train), base, ranks, zero, device)
     peak = max(phases, key=lambda phase: phase.total)
     advice = _advice(recipe, config, policy, peak, ranks, device)
@@ -167,7 +167,7 @@ def _phases(recipe, config, policy, trace, rows, base, ranks, zero, device) -> l
     kept_heap = int(largest * factor * _KEPT) if factor > 1 else 0
     for segment in trace.segments:
         held = segment.peak
-        state = _share(held.get("gradients", 0), _moments(config.optimizer, trainable), trained, ranks, zero)
+        state = _share(held.get("gradients", 0), moments(config.optimizer, trainable), trained, ranks, zero)
         activations, logits = held.get("activations", 0), held.get("logits", 0)
         cache = kept
         if segment.phase in ("rollout", "evaluation"):
@@ -204,7 +204,7 @@ def _weights(recipe, policy: Policy, device: str) -> tuple[int, int]:
     return weights + reference, weights + reference + count * dtype.itemsize
 
 
-def _moments(optimizer: str, trainable: list[torch.nn.Parameter]) -> int:
+def moments(optimizer: str, trainable: list[torch.nn.Parameter]) -> int:
     """Bytes of an optimizer's moments. In 8 bits they have a scale for each 256, and small weights keep 32 bits."""
     if optimizer == "sgd":
         return 0
@@ -308,7 +308,7 @@ def resident() -> int:
     raise ValueError("no VmRSS in /proc/self/status: plans for a CPU are made on Linux; give --device-gib")
 
 
-def _ram() -> int:
+def ram() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemTotal"):
             return int(line.split()[1]) << 10

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 _HISTOGRAMS, _PICTURES = 50, 8  # of a run; of an evaluation
 # What the progress bar shows: key of the metrics -> label and number format. Widths keep plain lines in columns.
 SHOWN = {
-    "reward": ("reward", "7.3f"),
-    "kl": ("KL", "7.3f"),
-    "entropy": ("entropy", "5.2f"),
-    "explained_variance": ("expl. var.", "5.2f"),
+    "reward": ("reward", "z7.3f"),
+    "kl": ("KL", "z7.3f"),
+    "entropy": ("entropy", "z5.2f"),
+    "explained_variance": ("expl. var.", "z5.2f"),
     "response_length": ("length", "5.1f"),
     "tokens_per_second": ("tokens/s", "6.0f"),
 }
@@ -210,7 +210,7 @@ class Monitor:
             difference_text = info.text(change.get("mean"), signed=True) + _range(info, change, signed=True)
             cells = [info.text(side.get(name, {}).get("mean")) for side in (before, after)]
             relative = change.get("relative")
-            share = "–" if relative is None or not math.isfinite(relative) else f"{100 * relative:+.1f} %"
+            share = "–" if relative is None or not math.isfinite(relative) else f"{100 * relative:+z.1f} %"
             table.add_row(escape(info.label), *cells, difference_text, share.replace("-", "−"), style=verdict)
         self.console.print(table)
         if before and after:

@@ -29,7 +29,8 @@ from mmft.training.summary import LiveReport, write_summary
 from mmft.training.trainer import A2CTrainer, PPOTrainer
 from mmft.training.warm_start import warm_start
 from mmft.training.watchdog import FAILED, record_cause
-from mmft.vlm.load import build_policy, load_model, resolve, tune
+from mmft.vlm.load import build_policy, load_model, resolve
+from mmft.vlm.start import start
 from reward_models import DocumentFrequencies, WeightedRewards, build_rewards
 from reward_models.preference.folder import backbone_name
 
@@ -151,6 +152,7 @@ def trainer_of(recipe, name: str, *, train, held_out, frequencies: DocumentFrequ
     """The trainer of a recipe for the model called ``name``, which may be the recipe's after a warm start."""
     options, trust = recipe.model, recipe.model.trust_remote_code
     model, processor = load_model(name, options.quantize, options.dtype, trust_remote_code=trust)
+    model, adapters = start(model, options)
     made = {"ppo": PPOTrainer, "a2c": A2CTrainer}[recipe.algorithm.name](
         model=model,
         reward_funcs=rewards,
@@ -158,7 +160,7 @@ def trainer_of(recipe, name: str, *, train, held_out, frequencies: DocumentFrequ
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=processor,
-        peft_config=tune(model, options),
+        peft_config=adapters,
         compute_metrics=caption_metrics(frequencies, held_out),
     )
     made.has_recipe = True

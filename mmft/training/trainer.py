@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
 
 from mmft.algorithms.kl import AdaptiveKL, FixedKL
 from mmft.batch import PromptBatch
@@ -39,7 +38,8 @@ from mmft.training.diagnoses import Diagnoses
 from mmft.training.engines import engine_of
 from mmft.training.evaluate import Evaluation, Metrics, evaluate
 from mmft.training.fingerprint import fingerprint
-from mmft.training.from_trl import config_of, loading, require_known, settled
+from mmft.training.from_trl import config_of, require_known, settled
+from mmft.training.given import policy_of, require_columns, require_possible, require_rows
 from mmft.training.guards import Guards
 from mmft.training.interrupts import Abandoned, Interrupted, Interrupts
 from mmft.training.monitor import Monitor
@@ -51,7 +51,6 @@ from mmft.training.together import Together
 from mmft.training.trackers import check_trackers
 from mmft.training.transaction import Checkpoints, failpoint
 from mmft.training.watchdog import Watchdog, record_cause
-from mmft.vlm.load import build_policy, load_model
 from mmft.vlm.policy import Policy
 from mmft.vlm.selftest import selftest
 
@@ -102,20 +101,20 @@ class PPOTrainer:
             args = config_of(args, self.config_class)
         if type(args) is not self.config_class:
             raise ValueError(f"{type(self).__name__} takes {self.config_class.__name__}, not {type(args).__name__}")
-        _require_rows(train_dataset, eval_dataset)
+        require_rows(train_dataset, eval_dataset)
         if reward_funcs is None:
             raise ValueError("reward_funcs is missing: a function f(completions, **columns) -> a number per completion")
         self.config = settled(args, len(train_dataset))
         check_trackers(self.config.report_to)
         self.train_dataset, self.eval_dataset = opened_here(train_dataset), opened_here(eval_dataset)
-        _require_columns(train_dataset, "train_dataset")
+        require_columns(train_dataset, "train_dataset")
         self.callbacks = Callbacks(callbacks, self.config)
         reward_funcs = with_state(reward_funcs, self.callbacks.state)
         self.reward_funcs = as_rewards(reward_funcs, self.config.reward_weights, self.train_dataset)
         self.guards = Guards(self.config.guards, self.config.skip_spikes, Diagnoses(self.config))
-        _require_possible(self.config, self.reward_funcs, self.guards, eval_dataset)
+        require_possible(self.config, self.reward_funcs, self.guards, eval_dataset, compute_metrics)
         self.compute_metrics = compute_metrics or self._reward_metrics
-        model = _policy_of(model, processing_class, peft_config, self.config, quantization_config)
+        model = policy_of(model, processing_class, peft_config, self.config, quantization_config)
         share_backbone(self.reward_funcs, model)
         self.accelerator = distributed.make_accelerator(model, self.config)
         optimizer = distributed.make_optimizer(model, self.config)
@@ -132,7 +131,7 @@ class PPOTrainer:
         word_by_word = {f"reward/{p.name}": getattr(p.function, "increments", None) for p in self.reward_funcs.parts}
         self.report = LiveReport(self.run_dir, self.eval_dataset, {k: v for k, v in word_by_word.items() if v})
         # Where they are the metrics, the reward and its parts need not be asked for twice.
-        self._parts = HeldOutParts(self.reward_funcs) if compute_metrics else None
+        self._parts = HeldOutParts(self.reward_funcs) if compute_metrics and self.config.eval_rewards else None
         self.engine = engine_of(self.config)
         self.phase_seconds: dict[str, float] = {}
         self.rolled_back_to: int | None = None
@@ -456,54 +455,3 @@ class A2CTrainer(PPOTrainer):
     """Advantage actor-critic: the same loop with one pass and the plain policy gradient. See `PPOTrainer`."""
 
     config_class = A2CConfig
-
-
-def _policy_of(model, processor, peft_config, config: PPOConfig, quantization_config) -> Policy:
-    """The policy to train, made of a name, a model or a policy."""
-    if not isinstance(model, Policy):
-        if isinstance(model, str):
-            set_seed(config.seed)  # of new weights: adapters start at random
-            model, loaded = load_model(model, **loading(config, quantization_config))
-            processor = processor or loaded
-        model = build_policy(
-            model,
-            processor,
-            peft_config,
-            config.critic,
-            needs_reference=config.kl_coef > 0,
-            cache_bytes=config.cache_bytes,
-            cache_folder=config.cache_folder,
-            cache_disk_bytes=config.cache_disk_bytes,
-        )
-    if config.gradient_checkpointing:
-        model.checkpoint_activations()
-    if config.compile:
-        model.compile_decoder()
-    return model
-
-
-def _require_possible(config: PPOConfig, rewards, guards: Guards, held_out) -> None:
-    dense = [part.name for part in rewards.parts if part.credit != "last" and part.weight != 0.0]
-    if config.critic == "none" and dense:
-        raise ValueError(
-            f"reward {dense[0]!r} is credited token by token, but critic='none' takes a response as one action: "
-            "train a critic, or credit the last token"
-        )
-    if guards.may_roll_back and (held_out is None or not config.eval_steps):
-        raise ValueError("a guard with action 'rollback' returns to the best evaluation: set eval_steps (eval.every)")
-
-
-def _require_rows(train, held_out) -> None:
-    for name, rows in (("train_dataset", train), ("eval_dataset", held_out)):
-        if isinstance(rows, dict) or (rows is not None and not hasattr(rows, "__len__")):
-            raise ValueError(f"{name} is {type(rows).__name__}; expected rows that can be counted: one Dataset or list")
-    if train is None or len(train) == 0:
-        raise ValueError("train_dataset is empty; PPO needs rows with 'prompt' and 'image'")
-    if held_out is not None and len(held_out) == 0:
-        raise ValueError("eval_dataset is empty; leave it out to train without evaluation")
-
-
-def _require_columns(dataset, name: str) -> None:
-    columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    if "prompt" not in columns:
-        raise ValueError(f"{name} has no column 'prompt'; its columns are: {', '.join(columns)}")

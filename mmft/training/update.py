@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import isfinite
 
 import torch
@@ -42,60 +42,70 @@ def update(
     """
     group, mask = config.num_generations, rollout.update_mask
     lengths = mask.sum(-1).view(-1, group).sum(-1)  # (B,) response tokens of each group
-    order = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     metrics: dict[str, list[float]] = defaultdict(list)
 
     def names_of(groups: Iterable[int]) -> list[str]:
         return [rollout.prompts.row_ids[int(g)] for g in groups]
 
+    for epoch, number, minibatch in _minibatches(lengths.cpu(), config, step):
+        where = f"step {step}, pass {epoch + 1}, minibatch {number + 1}"
+        tokens = accelerator.reduce(lengths[minibatch.to(lengths.device)].sum().float(), "sum")
+        if tokens == 0:  # rewards dropped every response: nothing to learn from, on any process
+            continue
+        kept = ratios if epoch + 1 == config.num_ppo_epochs else None
+        micros = minibatch.split(config.micro_prompts or len(minibatch))
+        bad: list[int] = []  # prompts of this process's microbatches whose gradient is not finite
+        for i, micro in enumerate(micros):
+            # DDP averages gradients over processes; the losses are shares of a global mean, to be summed.
+            scale = accelerator.num_processes / tokens
+            with distributed.accumulating(accelerator, policy, last=i + 1 == len(micros)):
+                with accelerator.autocast():
+                    loss, stats = microbatch_loss(policy, rollout, micro.tolist(), config, scale, kept)
+                # Of a ratio that fell to 0 neither the loss nor its gradient says so.
+                odd = "the loss" if not loss.isfinite() else "" if isfinite(stats["approx_kl"]) else "a log-ratio"
+                require_finite(accelerator, where, odd, names_of(micro))
+                distributed.backward(accelerator, policy, loss)
+            if not distributed.take_largest_gradient(accelerator, policy).isfinite():
+                bad += micro.tolist()
+            for name, value in stats.items():
+                metrics[name].append(value)
+            if epoch == number == i == 0:
+                metrics["first_ratio_error"] = [stats["ratio_error"]]
+        require_finite(accelerator, where, "the gradient" if bad else "", names_of(bad))
+        # Of what each process calls finite the sum may not be.
+        norm = distributed.gradient_norm(accelerator, policy, config.max_grad_norm)
+        odd = "" if norm.isfinite() else "the sum of the gradients"
+        require_finite(accelerator, where, odd, names_of(minibatch))
+        for name, value in _apply(policy, optimizer, accelerator, float(norm), spikes).items():
+            metrics[name].append(value)
+    return _summed_up(metrics, config, accelerator)
+
+
+def _minibatches(lengths: Tensor, config: PPOConfig, step: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Every pass's minibatches: number of the pass, number in the pass, groups.
+
+    Args:
+        lengths: (B,) response tokens of each group.
+    """
+    order = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     for epoch in range(config.num_ppo_epochs):
         # Every M-th group makes a minibatch (rows come shuffled already, see `PPOTrainer.prompts`), so that it is
         # made of the same rows however many processes share it; passes go through them in another order.
-        shuffled = torch.randperm(config.num_mini_batches, generator=order).tolist()
-        for number, first in enumerate(shuffled):
-            minibatch = torch.arange(first, len(lengths), config.num_mini_batches)
-            where = f"step {step}, pass {epoch + 1}, minibatch {number + 1}"
+        for number, first in enumerate(torch.randperm(config.num_mini_batches, generator=order).tolist()):
+            groups = torch.arange(first, len(lengths), config.num_mini_batches)
             # Groups of like length together: less padding in a packed row.
-            minibatch = minibatch[lengths.cpu()[minibatch].argsort(descending=True)]
-            tokens = accelerator.reduce(lengths[minibatch.to(lengths.device)].sum().float(), "sum")
-            if tokens == 0:  # rewards dropped every response: nothing to learn from, on any process
-                continue
-            micros = minibatch.split(config.micro_prompts or len(minibatch))
-            bad: list[int] = []  # prompts of this process's microbatches whose gradient is not finite
-            for i, micro in enumerate(micros):
-                # DDP averages gradients over processes; the losses are shares of a global mean, to be summed.
-                scale = accelerator.num_processes / tokens
-                last = i + 1 == len(micros)
-                with distributed.accumulating(accelerator, policy, last):
-                    with accelerator.autocast():
-                        kept = ratios if epoch + 1 == config.num_ppo_epochs else None
-                        loss, stats = microbatch_loss(policy, rollout, micro.tolist(), config, scale, kept)
-                    # Of a ratio that fell to 0 neither the loss nor its gradient says so.
-                    odd = "the loss" if not loss.isfinite() else "" if isfinite(stats["approx_kl"]) else "a log-ratio"
-                    require_finite(accelerator, where, odd, names_of(micro))
-                    distributed.backward(accelerator, policy, loss)
-                if not distributed.take_largest_gradient(accelerator, policy).isfinite():
-                    bad += micro.tolist()
-                for name, value in stats.items():
-                    metrics[name].append(value)
-                if epoch == number == i == 0:
-                    metrics["first_ratio_error"] = [stats["ratio_error"]]
-            require_finite(accelerator, where, "the gradient" if bad else "", names_of(bad))
-            # Of what each process calls finite the sum may not be.
-            norm = distributed.gradient_norm(accelerator, policy, config.max_grad_norm)
-            odd = "" if norm.isfinite() else "the sum of the gradients"
-            require_finite(accelerator, where, odd, names_of(minibatch))
-            ratio = spikes.ratio(float(norm)) if spikes else None
-            spike = ratio is not None and ratio > spikes.limit
-            if spike and spikes.skips:
-                distributed.drop_gradient(accelerator, policy, optimizer)
-            else:
-                distributed.apply_gradient(accelerator, policy, optimizer)
-            metrics["grad_norm"].append(float(norm))
-            if ratio is not None:
-                metrics["spike_ratio"].append(ratio)
-                metrics["spike"].append(float(spike))
-    return _summed_up(metrics, config, accelerator)
+            yield epoch, number, groups[lengths[groups].argsort(descending=True)]
+
+
+def _apply(policy: nn.Module, optimizer, accelerator, norm: float, spikes: Spikes | None) -> dict[str, float]:
+    """The optimizer's step with the gradient that is there, or, where that is a spike to be skipped, none."""
+    ratio = spikes.ratio(norm) if spikes else None
+    spike = ratio is not None and ratio > spikes.limit
+    if spike and spikes.skips:
+        distributed.drop_gradient(accelerator, policy, optimizer)
+    else:
+        distributed.apply_gradient(accelerator, policy, optimizer)
+    return {"grad_norm": norm} | ({} if ratio is None else {"spike_ratio": ratio, "spike": float(spike)})
 
 
 def _summed_up(metrics: dict[str, list[float]], config: PPOConfig, accelerator) -> dict[str, float]:

@@ -40,21 +40,47 @@ def warm_start(recipe, rows, folder: str | Path, resume: bool = False) -> Path:
     if resume and folder.is_dir():
         verify(folder)
         return folder
-    import datasets
-    from trl import SFTConfig
-
-    from mmft.training.supervised import LeaveWhenAsked, ResumableSFTTrainer
-
-    options = recipe.warm_start
     loading = {"dtype": recipe.model.dtype, "trust_remote_code": recipe.model.trust_remote_code}
-    quantize = recipe.model.quantize if options.tune == "lora" else None  # all weights are trained in full precision
+    adapters = recipe.warm_start.tune == "lora"
+    quantize = recipe.model.quantize if adapters else None  # all weights are trained in full precision
     model, processor = load_model(recipe.model.name, quantize, **loading)
-    pictures = Pictures(model, processor)
-    end = processor.tokenizer.eos_token
+    identity = _identity(recipe, rows, model)  # of the weights as they were loaded
+    beside = folder.with_name(f"{folder.name}_checkpoints")
+    trainer = _trainer_of(recipe, model, processor, _pairs_of(rows, Pictures(model, processor)), beside)
+    main, together = trainer.accelerator.is_main_process, Together(trainer.accelerator)
+    trainer.checkpoints = Checkpoints(beside, 2, main, together.agree)
+    trainer.identity = identity
+    _train(trainer, together, resume)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if adapters:
+        if quantize is not None:
+            trained = _on_whole_weights(trained, load_model(recipe.model.name, **loading)[0])
+        trained = trained.merge_and_unload()
+
+    def write(place: Path) -> None:
+        if main:
+            trained.save_pretrained(place)
+            processor.save_pretrained(place)
+
+    commit(folder, write, main, together.agree)
+    trainer.checkpoints.clear()
+    return folder
+
+
+def _identity(recipe, rows, model) -> dict[str, Any]:
+    """What a checkpoint must agree on with the training that goes on from it."""
+    identity = {"seed": recipe.seed, "dataset": rows_digest(rows), "base_model": weights_digest(model)}
+    return identity | recipe.warm_start.model_dump(exclude={"save_every"}) | {"lora": recipe.model.lora.model_dump()}
+
+
+def _pairs_of(rows, pictures: Pictures):
+    """A `datasets.Dataset` of every (picture, reference) pair: it holds two integers a pair, opened only when asked."""
+    import datasets
+
     pairs = [(i, j) for i, texts in enumerate(rows.references()) for j in range(len(texts))]
+    end = pictures.processor.tokenizer.eos_token
 
     def examples(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Opened only now: the data set itself holds two integers a pair."""
         chosen = [(rows[i], j) for i, j in zip(batch["row"], batch["reference"], strict=True)]
         return {
             "prompt": [pictures.render(row["prompt"], len(_images(row)), str(row["id"])) for row, _ in chosen],
@@ -63,17 +89,23 @@ def warm_start(recipe, rows, folder: str | Path, resume: bool = False) -> Path:
         }
 
     dataset = datasets.Dataset.from_dict({"row": [i for i, _ in pairs], "reference": [j for _, j in pairs]})
-    peft_config = None
+    return dataset.with_transform(examples)
+
+
+def _trainer_of(recipe, model, processor, dataset, output: Path):
+    """TRL's trainer as the recipe's ``warm_start`` section wants it."""
+    from trl import SFTConfig
+
+    from mmft.training.supervised import ResumableSFTTrainer
+
+    options, peft_config = recipe.warm_start, None
     if options.tune == "lora":
         lora = recipe.model.lora
         peft_config = lora_config(model, lora.r, lora.alpha, lora.dropout, lora.target, lora.dora, lora.rslora)
-    identity = {"seed": recipe.seed, "dataset": rows_digest(rows), "base_model": weights_digest(model)}
-    identity |= options.model_dump(exclude={"save_every"}) | {"lora": recipe.model.lora.model_dump()}
-    beside = folder.with_name(f"{folder.name}_checkpoints")
     trainer = ResumableSFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=str(beside),
+            output_dir=str(output),
             seed=recipe.seed,
             learning_rate=options.learning_rate,
             per_device_train_batch_size=options.batch_size,
@@ -93,22 +125,25 @@ def warm_start(recipe, rows, folder: str | Path, resume: bool = False) -> Path:
             save_steps=options.save_every or 1,
             report_to=[],
         ),
-        train_dataset=dataset.with_transform(examples),
+        train_dataset=dataset,
         processing_class=processor,
         peft_config=peft_config,
     )
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad and quantize is not None:
+        if parameter.requires_grad and peft_config is not None and recipe.model.quantize is not None:
             parameter.data = parameter.data.float()  # TRL makes adapters of quantised weights half ones
-    accelerator = trainer.accelerator
-    together = Together(accelerator)
-    trainer.checkpoints = Checkpoints(beside, 2, accelerator.is_main_process, together.agree)
-    trainer.identity = identity
+    return trainer
+
+
+def _train(trainer, together: Together, resume: bool) -> None:
+    """Trains to the end, from the newest whole checkpoint where the training is to be resumed."""
+    from mmft.training.supervised import LeaveWhenAsked
+
     checkpoint = trainer.checkpoints.latest(together.say) if resume else trainer.checkpoints.clear()
     if checkpoint is not None:
-        saved = json.loads((checkpoint / "identity.json").read_text())
-        if wrong := differing(saved, identity):
-            raise ValueError(f"{checkpoint}: {told(wrong, saved, identity)}; a run without --resume starts anew")
+        saved, own = json.loads((checkpoint / "identity.json").read_text()), trainer.identity
+        if wrong := differing(saved, own):
+            raise ValueError(f"{checkpoint}: {told(wrong, saved, own)}; a run without --resume starts anew")
     with Interrupts(together.highest, together.say) as interrupts:
         leaving = LeaveWhenAsked(interrupts)
         trainer.add_callback(leaving)
@@ -116,20 +151,6 @@ def warm_start(recipe, rows, folder: str | Path, resume: bool = False) -> Path:
     if leaving.asked:
         together.say(f"the warm start ended after step {trainer.state.global_step}; go on by --resume")
         raise Interrupted(leaving.asked)
-    trained = accelerator.unwrap_model(trainer.model)
-    if peft_config is not None:
-        if quantize is not None:
-            trained = _on_whole_weights(trained, load_model(recipe.model.name, **loading)[0])
-        trained = trained.merge_and_unload()
-
-    def write(place: Path) -> None:
-        if accelerator.is_main_process:
-            trained.save_pretrained(place)
-            processor.save_pretrained(place)
-
-    commit(folder, write, accelerator.is_main_process, together.agree)
-    trainer.checkpoints.clear()
-    return folder
 
 
 def _on_whole_weights(adapted: torch.nn.Module, base: torch.nn.Module) -> torch.nn.Module:

@@ -56,7 +56,7 @@ def check_adapter(folder: str | Path, model: nn.Module | None = None) -> dict[st
     if model is not None:
         if not hasattr(model, "peft_config"):
             _same_base(config, model, folder / CONFIG)
-        _fits(_expected(config, model, folder / CONFIG), shapes, folder / WEIGHTS)
+        _fits(expected_tensors(config, model, folder / CONFIG), shapes, folder / WEIGHTS)
     return config
 
 
@@ -70,7 +70,7 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> dict[str
 def load_adapter(model: nn.Module, folder: str | Path):
     """A `PeftModel` around the base model that starts from an adapter on disk and goes on learning it.
 
-    `build_policy` takes it in place of a model. Its reference, adapters off, is the base model.
+    `build_policy` takes it in place of a model. Its reference is the model as it starts: the base with this adapter.
 
     Raises:
         ValueError: see `check_adapter`.
@@ -253,7 +253,7 @@ def _rank(config: dict[str, Any], module: str) -> int:
 # --- the model -------------------------------------------------------------------------------------
 
 
-def _expected(config: dict[str, Any], model: nn.Module, path: Path) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: dict[str, Any], model: nn.Module, path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that an adapter of this configuration has on the model."""
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 

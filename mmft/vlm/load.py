@@ -233,10 +233,11 @@ def build_policy(
 ) -> Policy:
     """Model (or name) + adapters + value head -> the trainable policy.
 
-    With a ``peft_config`` (or "lora", which is `lora_config` as it stands, or a `PeftModel`) only the adapters and the
-    value head are trained, and the reference is the same weights with adapters off; a configuration without
-    ``target_modules`` gets the family's. Without one every weight is trained that is not frozen, and the reference has
-    copies of those and shares the frozen ones.
+    With a ``peft_config`` (or "lora", which is `lora_config` as it stands) only the adapters and the value head are
+    trained, and the reference is the same weights with adapters off; a configuration without ``target_modules`` gets
+    the family's. Without one every weight is trained that is not frozen, and the reference has copies of those and
+    shares the frozen ones. So it does for a `PeftModel` whose adapter has learned something: the reference is always
+    the model as it starts.
     ``cache`` are `Policy`'s options of that name.
 
     Raises:
@@ -271,7 +272,19 @@ def build_policy(
                 f"model.lora.target: nothing to adapt in a {model.config.model_type!r} model ({error}); families with "
                 f"a target of their own: {known}; give a regular expression of module names for others"
             ) from error
-    elif not hasattr(model, "disable_adapter") and needs_reference:
-        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    elif needs_reference and not (hasattr(model, "disable_adapter") and _changes_nothing(model)):
+        shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+        # Layers in 8 bits take numbers and scales out of the weight when they are first called.
+        shared |= {id(m.state): m.state for m in model.modules() if hasattr(getattr(m, "state", None), "CB")}
         reference = copy.deepcopy(model, shared).requires_grad_(False).eval()
+        if hasattr(model, "disable_adapter"):
+            from mmft.vlm.adapters import fold_lora
+
+            fold_lora(reference)  # as the policy's own: what is the same gives the same numbers
     return Policy(model, processor, critic, reference, shared_prefix, **cache)
+
+
+def _changes_nothing(model: nn.Module) -> bool:
+    """Whether a `PeftModel` is its base model still: adapters are made with zeros in one matrix of each pair."""
+    zeros = ("lora_B.", "lora_embedding_A.")
+    return not any(p.any() for name, p in model.named_parameters() if any(part in name for part in zeros))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from filecmp import cmpfiles
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,15 @@ def start(model: nn.Module, options):
         return model, wanted
     try:
         folder = find_adapter(options.adapter)
-        config = check_adapter(folder, model)
+        try:
+            config = check_adapter(folder, model)
+            _require_base(config, folder, Path(model.config._name_or_path))
+        except ValueError as error:
+            raise ValueError(f"{error} (model.name must be its base model, and is {options.name})") from error
         _require_shape(options, config, wanted, model, folder)
         return load_adapter(model, folder), None
     except ValueError as error:
-        raise ValueError(f"model.adapter: {error} (model.name: {options.name})") from error
+        raise ValueError(f"model.adapter: {error}") from error
 
 
 def find_adapter(name: str) -> Path:
@@ -48,7 +53,9 @@ def find_adapter(name: str) -> Path:
         if (place / CONFIG).is_file():
             return place
     if checkpoints := sorted((folder / "checkpoints").glob("step-*")):
-        raise ValueError(f"{name} holds no finished adapter; --resume it, or name its newest checkpoint, {checkpoints[-1]}")
+        raise ValueError(
+            f"{name} holds no finished adapter; --resume it, or name its newest checkpoint, {checkpoints[-1]}"
+        )
     if folder.exists():
         raise ValueError(f"{name} holds no {CONFIG}; expected the folder of a finished run with LoRA, or of an adapter")
     if own_file(name, CONFIG) is None:
@@ -58,23 +65,36 @@ def find_adapter(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
 
 
+def _require_base(config: dict[str, Any], folder: Path, base: Path) -> None:
+    """Where both models lie here, their weights are compared: every warm start's folder has the same name."""
+    said = Path(config.get("base_model_name_or_path") or "")
+    if said.name and said.is_dir() and base.is_dir() and not said.samefile(base):
+        files = {path.name for place in (said, base) for path in place.glob("*.safetensors")}
+        if sorted(cmpfiles(said, base, files, shallow=False)[0]) != sorted(files):
+            raise ValueError(
+                f"{folder / CONFIG}: base_model_name_or_path: got {said}, whose weights are not the model's"
+            )
+
+
 def _require_shape(options, config: dict[str, Any], wanted: Any, model: nn.Module, folder: Path) -> None:
     """The recipe must say what is trained: its ``model.tune`` and ``model.lora`` are compared with the adapter."""
     tuned = "hybrid" if config.get("modules_to_save") else "lora"
     found = {"model.tune": (options.tune, tuned)}
     for key, theirs in _SHAPE.items():
-        found[f"model.lora.{key}"] = getattr(options.lora, key), config.get(theirs) or type(getattr(options.lora, key))()
+        said = getattr(options.lora, key)
+        found[f"model.lora.{key}"] = said, config.get(theirs) or type(said)()
     wrong = {key: pair for key, pair in found.items() if pair[0] != pair[1]}
-    if not wrong and expected_tensors(wanted.to_dict(), model, folder / CONFIG).keys() != expected_tensors(
-        config, model, folder / CONFIG
-    ).keys():
+    recipes, own = (expected_tensors(c, model, folder / CONFIG).keys() for c in (wanted.to_dict(), config))
+    if not wrong and recipes != own:
         target = config["target_modules"]
         pattern = target if isinstance(target, str) else rf".*\.({'|'.join(sorted(target))})"
         wrong["model.lora.target"] = options.lora.target, pattern
     if wrong:
-        said = "; ".join(f"{key}: got {_shown(got)}, expected {_shown(own)}" for key, (got, own) in wrong.items())
-        mend = " ".join(f"{key}={_shown(own)}" for key, (_, own) in wrong.items())
-        raise ValueError(f"{folder} has another shape than the recipe says: {said}; an adapter keeps its own, so set {mend}")
+        said = "; ".join(f"{key}: got {_shown(got)}, expected {_shown(keep)}" for key, (got, keep) in wrong.items())
+        mend = " ".join(f"{key}={_shown(keep)}" for key, (_, keep) in wrong.items())
+        raise ValueError(
+            f"{folder} has another shape than the recipe says: {said}; an adapter keeps its own, so set {mend}"
+        )
 
 
 def _shown(value: Any) -> str:

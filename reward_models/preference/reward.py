@@ -55,13 +55,14 @@ class PreferenceReward:
             _check_whole(name, number, least)
         _check_whole("cache_bytes", cache_bytes, 0)
         _check_device(device)
-        self.folder = Path(path)
+        self.folder = self.path = Path(path)
         self.facts = load_facts(self.folder)
         self.head = load_head(self.folder, self.facts)
         self.kappa, self.mc_samples, self.batch_size = float(kappa), mc_samples, batch_size
         self.cache_bytes = cache_bytes
         check_heads(self.kappa, len(self.head), self.mc_samples, self.facts["head"]["dropout"])
         self._name, self._device = str(backbone or self.facts["backbone"]["name"]), device
+        self.backbone = backbone  # as given
         self._judge: Judge | None = None
         self._lent: tuple[nn.Module, str] | None = None  # whose weights are shared, and the head's adapter in them
 

@@ -7,14 +7,12 @@ as long as the adapter leaves the vision tower alone.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from reward_models.preference.calibration import fit_temperature, pair_metrics
 from reward_models.preference.folder import check_folder, save_folder
 from reward_models.preference.fusion import PreferenceHead
 from reward_models.preference.pairs import Pair, Rating
+from reward_models.preference.progress import Progress, Saver, identity_of
 from reward_models.preference.scoring import Judge, Known, both, frozen_states
 from reward_models.preference.sharing import quiet
 
@@ -93,19 +92,6 @@ class TrainOptions:
             raise ValueError(f"lora: expected a rank, or 0 for a frozen backbone, got {self.lora}")
 
 
-class Saver(Protocol):
-    """Keeps the state of a training that is to survive being killed; whose files those are is not known here."""
-
-    def due(self, step: int) -> bool:
-        """Whether the state after this step is to be kept."""
-
-    def save(self, step: int, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """Keeps it, in place of the one before. May end the process, if that is why it was due."""
-
-    def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """The state to go on from; None for a new training."""
-
-
 def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, label_smoothing: float = 0.0
 ) -> Tensor:
@@ -166,43 +152,52 @@ def train_preference(
         shift, scale = _rating_unit(made) if rated else (0.0, 1.0)
         metrics = _fit(backbone, head, made, chosen, say, shift, scale, saver)
         head.eval()
-        judge = Judge(backbone, head, "default" if chosen.lora else None)
-        temperature = 1.0
         if rated:
             # The head learned (rating - mean) / std; its unit is turned back into ratings.
             shift, scale = -shift / scale, 1 / scale
-        if len(calibration):
-            rows = [row for pair in calibration for row in both(pair)]
-            rewards = judge.rewards(rows, chosen.batch_size).mean(0)
-            differences = rewards[0::2] - rewards[1::2]
-            metrics["before_calibration"] = pair_metrics(differences, 1.0)
-            temperature = fit_temperature(differences)
-            metrics["calibration"] = pair_metrics(differences, temperature, [pair.kind for pair in calibration])
-            if not rated:
-                # The median, for a few ruined texts get rewards far below all others.
-                shift, scale = float(np.median(rewards[0::2])), temperature
-            say(
-                f"calibration: {len(calibration)} pairs, accuracy {metrics['calibration']['accuracy']:.4f}, "
-                f"temperature {temperature:.3f}, ECE {metrics['calibration']['ece']:.4f}"
-            )
-    pictured = sum(bool(example.images) for example in made)
-    training = {k: v for k, v in asdict(chosen).items() if k not in ("backbone", "backbone_name")}
-    facts = {
-        "backbone": {"name": str(chosen.backbone_name or chosen.backbone), "fingerprint": base}
-        | {"model_type": model.config.model_type, "quantize": chosen.quantize, "dtype": chosen.dtype},
-        "head": {"text_size": size, "picture_size": size, "width": chosen.width}
-        | {"fusion": chosen.fusion, "heads": chosen.heads, "dropout": chosen.dropout},
-        "adapter": bool(chosen.lora),
-        "learned_from": "ratings" if rated else "pairs",
-        "pictures": "all" if pictured == len(made) else "some" if pictured else "none",  # how many examples had any
-        "temperature": temperature,
-        "shift": shift,
-        "scale": scale,
-        "metrics": metrics,
-        "training": training | {"examples": len(made)},
-    }
+        unit = {"temperature": 1.0, "shift": shift, "scale": scale}
+        if calibration:
+            judge = Judge(backbone, head, "default" if chosen.lora else None)
+            fitted, measured = _calibrate(judge, calibration, chosen.batch_size, say)
+            unit |= {"temperature": fitted["temperature"]} if rated else fitted
+            metrics |= measured
+    facts = _facts(chosen, made) | unit | {"metrics": metrics}
+    facts["backbone"] |= {"fingerprint": base, "model_type": model.config.model_type}
+    facts["head"] |= {"text_size": size, "picture_size": size}
     save_folder(Path(folder), facts, head, model if chosen.lora else None)
     return metrics
+
+
+def _calibrate(
+    judge: Judge, pairs: Sequence[Pair], batch_size: int, say: Callable[[str], None]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Temperature, shift and scale that fit pairs nobody trained on; and how good the head is before and after."""
+    rewards = judge.rewards([row for pair in pairs for row in both(pair)], batch_size).mean(0)
+    differences = rewards[0::2] - rewards[1::2]
+    temperature = fit_temperature(differences)
+    measured = pair_metrics(differences, temperature, [pair.kind for pair in pairs])
+    say(
+        f"calibration: {len(pairs)} pairs, accuracy {measured['accuracy']:.4f}, "
+        f"temperature {temperature:.3f}, ECE {measured['ece']:.4f}"
+    )
+    # The median, for a few ruined texts get rewards far below all others.
+    unit = {"temperature": temperature, "shift": float(np.median(rewards[0::2])), "scale": temperature}
+    return unit, {"before_calibration": pair_metrics(differences, 1.0), "calibration": measured}
+
+
+def _facts(options: TrainOptions, examples: Sequence[Any]) -> dict[str, Any]:
+    """What is known of a head before it is trained, as ``preference.json`` keeps it."""
+    pictured = sum(bool(example.images) for example in examples)
+    training = {k: v for k, v in asdict(options).items() if k not in ("backbone", "backbone_name")}
+    return {
+        "backbone": {"name": str(options.backbone_name or options.backbone)}
+        | {"quantize": options.quantize, "dtype": options.dtype},
+        "head": {"width": options.width, "fusion": options.fusion, "heads": options.heads, "dropout": options.dropout},
+        "adapter": bool(options.lora),
+        "learned_from": "ratings" if isinstance(examples[0], Rating) else "pairs",
+        "pictures": "all" if pictured == len(examples) else "some" if pictured else "none",  # how many had any
+        "training": training | {"examples": len(examples)},
+    }
 
 
 def _options(options: dict[str, Any]) -> TrainOptions:
@@ -301,7 +296,7 @@ def _fit(
     optimizer, schedule = _optimizer(backbone.model, head, options, steps)
     backbone.model.train(options.gradient_checkpointing)
     head.train()
-    progress = _Progress(backbone.model, head, optimizer, schedule, _identity(examples, options))
+    progress = Progress(backbone.model, head, optimizer, schedule, identity_of(examples, asdict(options)))
     done = progress.resume(saver)
     losses, rights = progress.losses, progress.rights
     for step in range(done + 1, steps + 1):
@@ -342,68 +337,6 @@ def _fit(
         "train_accuracy": None if rated else float(np.mean(rights[last])),
         "seconds": round(time.monotonic() - started, 1),
     }
-
-
-@dataclass
-class _Progress:
-    """Everything that changes in a training, as tensors and plain data, and back."""
-
-    model: nn.Module
-    head: PreferenceHead
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    identity: str
-    losses: list[float] = field(default_factory=list)
-    rights: list[float] = field(default_factory=list)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"weight/{name}": p.detach().cpu().clone() for name, p in self._weights().items()}
-        tensors["random"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": value.cpu().clone() for name, value in slots.items()}
-        rates = {"last_epoch": self.schedule.last_epoch, "rates": self.schedule.get_last_lr()}
-        return tensors, rates | {"losses": self.losses, "rights": self.rights, "identity": self.identity}
-
-    @torch.no_grad()
-    def resume(self, saver: Saver | None) -> int:
-        """Takes the saver's state, if it has one; the steps done."""
-        found = saver.latest() if saver is not None else None
-        if found is None:
-            return 0
-        step, tensors, plain = found
-        if plain["identity"] != self.identity:
-            raise ValueError("the training to resume was of other pairs or options; start it anew, without --resume")
-        for name, parameter in self._weights().items():
-            parameter.copy_(tensors[f"weight/{name}"])
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, index, name = key.split("/")
-                slots.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
-        self.schedule.last_epoch = plain["last_epoch"]
-        for group, rate in zip(self.optimizer.param_groups, plain["rates"]):
-            group["lr"] = rate
-        self.losses, self.rights = plain["losses"], plain["rights"]
-        torch.set_rng_state(tensors["random"])
-        if "random/cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random/cuda"])
-        return step
-
-    def _weights(self) -> dict[str, nn.Parameter]:
-        adapters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        return {f"head/{n}": p for n, p in self.head.named_parameters()} | adapters
-
-
-def _identity(examples: Sequence[Any], options: TrainOptions) -> str:
-    """Of a training: its options, and the words of its examples."""
-    digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
-    for example in examples:
-        words = {k: v for k, v in vars(example).items() if k != "images"}
-        digest.update(json.dumps(words, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 def _order(n: int, wanted: int, generator: torch.Generator) -> list[int]:

@@ -59,6 +59,8 @@ class Format:
         bad_endings: bool | Sequence[str] = False,
         strict: bool = False,
     ) -> None:
+        self.regex, self.starts_with, self.ends_with, self.tag = regex, starts_with, ends_with, tag
+        self.json, self.banned, self.bad_endings = json, banned, bad_endings
         self.strict = flag("format", "strict", strict)
         self._checks: list[tuple[str, Any]] = []
         if regex is not None:

@@ -57,6 +57,7 @@ class _Grounded(Term):
         enough = whole(name, "min_documents", _MIN_DOCUMENTS if min_documents is None else min_documents)
         self.of, self.truth, self.at_least = of, truth, whole(name, "at_least", at_least)
         self.attribute_keys = tuple(attribute_keys)
+        self._vocabulary, self.synonyms, self.min_documents = vocabulary, synonyms, min_documents  # as given
         self._kinds = KINDS if of == "all" else (of,)
         if isinstance(vocabulary, Vocabulary):
             if synonyms:

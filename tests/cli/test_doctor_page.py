@@ -125,7 +125,7 @@ def test_a_reward_with_a_hole_and_a_model_that_does_not_fit(tmp_path, monkeypatc
     (tmp_path / "wordy.py").write_text(
         "def wordy(completions, **_):\n    return [float(len(c)) for c in completions]\n"
     )
-    monkeypatch.setattr("mmft.training.memory._ram", lambda: 1 << 20)
+    monkeypatch.setattr("mmft.training.memory.ram", lambda: 1 << 20)
     rewards = f"rewards=[{{name: '{tmp_path}/wordy.py:wordy'}}]"
     page = examine(load_recipe(RECIPE, [*SMALL, "data.train_rows=16", rewards])).as_dict()
     assert "'four times as long'" in found(page, "Rewards", "wrong")

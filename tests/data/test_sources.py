@@ -263,6 +263,18 @@ def test_mistakes_in_csv_have_lines(folder, text, part):
     assert part in error(folder)
 
 
+def test_an_empty_caption_hides_no_later_mistake(folder):
+    (folder / "captions.csv").write_text('image,caption\na.png,\nb.png,x, y\n../c.png,x\n,y\nc.png,z\nc.png,"x\n')
+    message = error(folder)
+    assert message.startswith(f"{folder / 'captions.csv'}: 5 mistakes:\n")
+    for part in ("2: the caption of a.png is empty", "3: got 3", "4: picture '../c.png' is refused", "5: no picture"):
+        assert f"captions.csv:{part}" in message
+    assert "not valid CSV" in message.splitlines()[-1]
+    (folder / "captions.csv").write_text("image,caption\n" + "a.png,\n" * 25)
+    message = error(folder)
+    assert message.count("is empty") == 10 and message.endswith("... and 15 more")
+
+
 def test_captions_may_hold_odd_separators_and_a_bom(folder):
     odd = "a\u2028b\x0bc\x85d, \u00e9"
     (folder / "captions.csv").write_bytes(f'\ufeffimage,caption\r\nb.png,"{odd}"\r\n'.encode())

@@ -125,3 +125,12 @@ def test_numbers_for_people():
     assert metric_info("reward/cider_d").text(0.5, signed=True) == "+0.500"
     assert metric_info("anything").text(float("nan")) == "–"
     assert metric_info("anything").text(None) == "–"
+
+
+@pytest.mark.parametrize(
+    ("name", "signed", "text"),
+    [("cider_d", False, "0.000"), ("cider_d", True, "+0.000"), ("bad_ending", True, "+0.0 pp")],
+)
+def test_what_is_rounded_to_nothing_has_no_minus(name, signed, text):
+    assert metric_info(name).text(-0.0, signed) == text
+    assert metric_info(name).text(-0.00004, signed) == text

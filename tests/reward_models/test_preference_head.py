@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from reward_models.options import options_of
 from reward_models.preference import (
     FUSIONS,
     Pair,
@@ -67,6 +68,13 @@ def frozen(tmp_path_factory) -> Path:
     options = {"backbone": BUNDLED, "lora": 0, "steps": 50, "batch_size": 16, "head_learning_rate": 2e-3, "width": 64}
     train_preference(colour_pairs(48), folder, calibration=colour_pairs(24, 1), log=None, **options)
     return folder
+
+
+def test_its_options_come_back(adapted):
+    options = {"kappa": 0.5, "mc_samples": 2, "batch_size": 3, "backbone": "somewhere", "device": "cpu"}
+    reward = PreferenceReward.load(str(adapted), **options, cache_bytes=9)
+    assert options_of(reward) == options | {"path": str(adapted), "cache_bytes": 9}
+    assert options_of(PreferenceReward.load(adapted)) == {"path": str(adapted)}
 
 
 def columns(rows) -> dict:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import numpy as np
 import pytest
 
-from mmft.training.config import A2CConfig, PPOConfig
+from mmft.recipe import Recipe
+from mmft.training.config import A2CConfig, PPOConfig, from_recipe
 from mmft.training.from_trl import settled
 
 
@@ -50,3 +52,11 @@ def test_what_is_in_range_is_taken():
 def test_steps_below_nothing_are_refused():
     with pytest.raises(ValueError, match="eval_steps=-2: expected a whole number of steps"):
         settled(PPOConfig(eval_steps=-2), rows=8)
+
+
+@pytest.mark.parametrize(("name", "cls"), [("ppo", PPOConfig), ("a2c", A2CConfig)])
+def test_what_nobody_says_is_the_same_in_a_recipe_and_in_python(name, cls):
+    recipe, python = from_recipe(Recipe.model_validate({"algorithm": {"name": name}})), cls()
+    other = {f.name for f in dataclasses.fields(cls) if getattr(recipe, f.name) != getattr(python, f.name)}
+    # A recipe saves and evaluates on the way, and spells out what a vLLM server would be.
+    assert other == {"output_dir", "save_steps", "eval_steps", "vllm"}

@@ -11,7 +11,12 @@ from mmft.recipe import load_recipe
 from mmft.training.config import A2CConfig, PPOConfig, from_recipe
 from mmft.training.described import describe
 from mmft.training.guards import DEFAULT_GUARDS, Guard
+from mmft.training.run import rewards_of
 from mmft.training.trainer import A2CTrainer, PPOTrainer
+from reward_models import DocumentFrequencies
+from reward_models.metrics.bleu import Bleu
+from reward_models.metrics.cider import CiderD
+from reward_models.terms import Format
 
 ROWS = [{"prompt": "say", "image": Image.new("RGB", (32, 32))}] * 4
 
@@ -22,13 +27,13 @@ def reward(completions, **columns):
 
 @pytest.fixture(scope="module")
 def make(tiny_model):
-    """options -> a trainer; the model is loaded once."""
+    """options, rewards -> a trainer; the model is loaded once."""
     policy = None
 
-    def made(config: PPOConfig):
+    def made(config: PPOConfig, rewards=reward):
         nonlocal policy
         kind = A2CTrainer if isinstance(config, A2CConfig) else PPOTrainer
-        trainer = kind(policy or str(tiny_model("llava")), reward, config, ROWS)
+        trainer = kind(policy or str(tiny_model("llava")), rewards, config, ROWS)
         policy = trainer.policy
         return trainer
 
@@ -75,6 +80,28 @@ def test_the_recipe_gives_the_config_back(make, tmp_path, config):
         one, two = (guards.get(name) for guards in (found.guards, config.guards))
         assert (one is None) == (two is None), name
         assert one is None or all(getattr(one, key) == getattr(two, key) for key in keys), name
+
+
+def test_the_recipe_makes_the_reward_objects_again(make, tmp_path):
+    frequencies = DocumentFrequencies.from_references([["a dog runs"], ["a cat sits"]])
+    rewards = [CiderD(frequencies, n=3, sigma=4.0), Bleu(2, tokenizer="ptb"), Format(ends_with=(".", "!"), strict=True)]
+    trainer = make(PPOConfig(output_dir=str(tmp_path), reward_weights=[1.0, 0.5, 0.2]), rewards)
+    describe(trainer, tmp_path / "recipe.yaml")
+    again = rewards_of(load_recipe(tmp_path / "recipe.yaml"), frequencies)
+    assert [part.signature for part in again.parts] == [part.signature for part in trainer.reward_funcs.parts]
+
+
+def test_a_key_among_a_reward_s_options_is_not_written(make, tmp_path):
+    class Judge:
+        def __init__(self, api_key, model):
+            self.api_key, self.model = api_key, model
+
+        def __call__(self, completions, **columns):
+            return [0.0] * len(completions)
+
+    describe(make(PPOConfig(output_dir=str(tmp_path)), Judge("open sesame", "large")), tmp_path / "recipe.yaml")
+    (said,) = load_recipe(tmp_path / "recipe.yaml").rewards
+    assert said.options == {"api_key": "(hidden)", "model": "large"}
 
 
 def test_a_run_that_no_recipe_can_say_is_told(make, tmp_path, capsys):

@@ -120,8 +120,8 @@ def test_moments_in_8_bits_are_those_of_bitsandbytes():
     held = [
         v for w in weights for k, v in optimizer.state[w].items() if k in ("state1", "state2", "absmax1", "absmax2")
     ]
-    assert memory._moments("adamw_8bit", weights) == sum(v.nbytes for v in held)
-    assert memory._moments("adamw", weights) == 2 * 4 * (80 * 64 + 30) and memory._moments("sgd", weights) == 0
+    assert memory.moments("adamw_8bit", weights) == sum(v.nbytes for v in held)
+    assert memory.moments("adamw", weights) == 2 * 4 * (80 * 64 + 30) and memory.moments("sgd", weights) == 0
 
 
 def test_the_reference_of_frozen_counts_copies_alone_and_adapters_count_apart(tiny_model):

@@ -37,13 +37,20 @@ def doctor_rewards(recipe, rows: int = 64):
     return probe_rewards(functions, [held_out[i] for i in range(min(rows, len(held_out)))], corpus)
 
 
-def examine(recipe=None, then: str = "", quick: bool = False, say: Callable[[str], None] = lambda title: None) -> Page:
+def examine(
+    recipe=None,
+    then: str = "",
+    quick: bool = False,
+    say: Callable[[str], None] = lambda title: None,
+    supervised: bool = False,
+) -> Page:
     """Looks at the machine and, where there is one, at a recipe: everything that a run will need, in its order.
 
     Args:
         then: the command that comes next, once nothing stands in the way.
         quick: nothing that loads the model or plans its memory.
         say: is told what is being looked at.
+        supervised: the recipe is trained on captions alone, by recipes/caption_sft.py.
 
     Returns:
         the page; whatever failed is a finding of its section.
@@ -52,35 +59,37 @@ def examine(recipe=None, then: str = "", quick: bool = False, say: Callable[[str
     with page.section("Machine") as section:
         look_at_machine(section, Path(recipe.output.dir if recipe is not None else "."))
     if recipe is not None:
-        _examine_recipe(page, recipe, quick)
+        _examine_recipe(page, recipe, quick, supervised)
     return page
 
 
-def _examine_recipe(page: Page, recipe, quick: bool) -> None:
+def _examine_recipe(page: Page, recipe, quick: bool, supervised: bool) -> None:
     parts, fits = Parts(), True
     with page.section("Recipe") as section:
-        look_at_recipe(section, recipe)
+        look_at_recipe(section, recipe, supervised)
     with page.section("Data") as section:
         from mmft.training.doctor.data import look_at_rows
         from mmft.training.doctor.trial import caption_lengths, complete
 
-        look_at_rows(section, recipe, parts)
+        look_at_rows(section, recipe, parts, supervised)
         own = parts.references
         recipe = complete(section, recipe, parts)
         caption_lengths(section, recipe, own)
-    with page.section("Rewards") as section:
-        _rewards(section, recipe, parts)
+    if not supervised:
+        with page.section("Rewards") as section:
+            _rewards(section, recipe, parts)
     if quick:
         return
     with page.section("Memory") as section:
+        from mmft.training.doctor import supervised as alone
         from mmft.training.doctor.trial import memory
 
-        fits = memory(section, recipe)
+        fits = (alone.least_memory if supervised else memory)(section, recipe)
     with page.section("Model") as section:
         from mmft.training.doctor.trial import try_model
 
         if fits:
-            try_model(section, recipe, parts)
+            (alone.try_captions if supervised else try_model)(section, recipe, parts)
         else:
             section.note("not loaded: it would not fit")
 

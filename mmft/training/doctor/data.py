@@ -18,8 +18,12 @@ FEW = 50  # held-out rows below which hardly any difference can be told from cha
 ALIKE = 0.2  # share of all captions that one sentence may have
 
 
-def look_at_rows(section: Section, recipe, parts: Parts) -> None:
-    """Reads both splits into ``parts``; a split that cannot be read does not keep the other from being looked at."""
+def look_at_rows(section: Section, recipe, parts: Parts, supervised: bool = False) -> None:
+    """Reads both splits into ``parts``; a split that cannot be read does not keep the other from being looked at.
+
+    Args:
+        supervised: the rows' captions are learned from, and there are neither steps of pictures nor rewards.
+    """
     kept = recipe.model_copy(update={"data": recipe.data.model_copy(update={"bad_rows": "skip"})})
     data = recipe.data
     for name, split, limit in (("train", data.train, data.train_rows), ("held_out", data.eval, None)):
@@ -36,12 +40,14 @@ def look_at_rows(section: Section, recipe, parts: Parts) -> None:
         if name == "train":
             parts.references = references
         _count(section, name, split, rows, references, recipe)
+        if name == "train" and not supervised and max(len(texts) for texts in references) == 1:
+            _one_caption(section)
     if parts.held_out is not None and len(parts.held_out) < FEW:
         section.warn(
             f"only {_rows(len(parts.held_out))} held out: hardly any difference will be told from chance",
             f"hold out {FEW} pictures or more",
         )
-    if parts.train is not None and recipe.rollout.prompts_per_step > len(parts.train):
+    if parts.train is not None and not supervised and recipe.rollout.prompts_per_step > len(parts.train):
         section.warn(
             f"a step takes {recipe.rollout.prompts_per_step} pictures, more than the {_rows(len(parts.train))}: "
             "each step sees some of them twice",
@@ -70,11 +76,6 @@ def _count(section: Section, name: str, split: str, rows, references: list[list[
             section.warn(text, "they are left out (data.bad_rows: skip)")
         else:
             section.wrong(text, "mend or remove them, or leave them out: data.bad_rows=skip")
-    if most == 1 and name == "train":
-        section.note(
-            "one caption for each picture: a metric then pays for that wording alone; three to five "
-            "captions by different people make a better reward"
-        )
     texts = Counter(" ".join(text.lower().split()) for several in references for text in several)
     text, times = texts.most_common(1)[0]
     if times > max(ALIKE * sum(counts), 3):
@@ -82,6 +83,13 @@ def _count(section: Section, name: str, split: str, rows, references: list[list[
             f"{times / sum(counts):.0%} of the captions of {split} are the same: {text!r}",
             "a model that always says this will score well; look at the captions",
         )
+
+
+def _one_caption(section: Section) -> None:
+    section.note(
+        "one caption for each picture: a metric then pays for that wording alone; three to five "
+        "captions by different people make a better reward"
+    )
 
 
 def _rows(number: int) -> str:

@@ -78,7 +78,7 @@ def caption_lengths(section: Section, recipe, references: list[list[str]]) -> No
 
 def memory(section: Section, recipe) -> bool:
     """The plan of `mmft doctor memory` against this machine; whether the run fits."""
-    base = _without_model()
+    base = without_model()
     gpu = torch.cuda.mem_get_info(0) if torch.cuda.is_available() else None
     plan = plan_memory(recipe, device_gib=gpu[1] / GIB if gpu else None, base=base)
     section.numbers |= {"peak": plan.peak.total, "available": plan.available, "phase": plan.peak.name}
@@ -93,7 +93,7 @@ def memory(section: Section, recipe) -> bool:
     return plan.fits
 
 
-def _without_model() -> int | None:
+def without_model() -> int | None:
     """Bytes of this process, which holds the libraries and rows of a run and no model yet; None = nobody tells."""
     try:
         return resident()
@@ -119,12 +119,17 @@ def try_model(section: Section, recipe, parts: Parts) -> None:
             began = time.perf_counter()
             trainer._self_test()
             tested = time.perf_counter() - began
-            slower = [str(w.message) for w in caught if str(w.message).startswith("self-test: ")]
-            if slower:
-                section.warn(slower[0].removeprefix("self-test: "))
-            else:
-                section.fine("self-test: sampling and training agree, and the model sees its pictures")
+            tell_selftest(section, caught)
             _time(section, recipe, trainer, tested)
+
+
+def tell_selftest(section: Section, caught: list[warnings.WarningMessage]) -> None:
+    """What a self-test that was passed has warned of."""
+    slower = [str(w.message) for w in caught if str(w.message).startswith("self-test: ")]
+    if slower:
+        section.warn(slower[0].removeprefix("self-test: "))
+    else:
+        section.fine("self-test: sampling and training agree, and the model sees its pictures")
 
 
 @contextmanager
@@ -145,7 +150,7 @@ def _what_learns(section: Section, policy) -> None:
     notes = policy.family.notes
     kind = f"a {policy.model.config.model_type} model" + ("" if notes else ", of a family that is tested")
     section.fine(
-        f"{kind}: {_count(whole)} parameters, {_count(learn)} of them learn ({learn / whole:.1%}), on {policy.device}"
+        f"{kind}: {count(whole)} parameters, {count(learn)} of them learn ({learn / whole:.1%}), on {policy.device}"
     )
     if notes:
         section.warn(listed("not everything about this model is known; it takes a slower path", list(notes)))
@@ -174,8 +179,8 @@ def _time(section: Section, recipe, trainer, tested: float) -> None:
     section.numbers |= {"step_seconds": seconds, "evaluation_seconds": evaluating, "run_seconds": whole}
     part = "" if share == 1.0 else f", from {config.prompts_per_step} of its {recipe.rollout.prompts_per_step} pictures"
     section.fine(
-        f"the run takes about {_duration(whole)} on this machine, in one process: {steps:,} steps of "
-        f"{_duration(seconds)} (measured on one{part}), {times} evaluations of {_duration(evaluating)}"
+        f"the run takes about {duration(whole)} on this machine, in one process: {steps:,} steps of "
+        f"{duration(seconds)} (measured on one{part}), {times} evaluations of {duration(evaluating)}"
         + ("; the supervised training before it comes on top" if recipe.warm_start else "")
     )
     section.numbers["first_step"] = {name: value for name, value in metrics.items() if isinstance(value, float)}
@@ -210,14 +215,14 @@ def _first_words(section: Section, recipe, trainer, evaluation, metrics: dict[st
         )
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
     for size, name in ((10**9, " billion"), (10**6, " million")):
         if number >= size:
             return f"{number / size:.3g}{name}"
     return f"{number:,}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {name}"
