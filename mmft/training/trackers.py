@@ -140,6 +140,8 @@ class MLflow(MLflowTracker):
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         import mlflow
 
+        # It looks the run up, and its file store cannot read a number that is being written.
+        mlflow.flush_async_logging()
         for sample in samples:
             if sample.id not in self.shown:
                 mlflow.log_image(sample.picture, f"held_out/{len(self.shown):02d}.png")

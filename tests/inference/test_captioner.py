@@ -13,6 +13,7 @@ from made_runs import TUNED, greedy, made_run
 from PIL import Image
 
 from mmft import Captioner
+from mmft.inference import captioner as captioner_module
 from mmft.recipe import Recipe
 from mmft.vlm import selftest
 from mmft.vlm.load import BUNDLED, load_model
@@ -74,7 +75,7 @@ def test_draws_belong_to_their_picture(captioner, photos):
     assert captioner.caption(files, method="sample", num=4, seed=6) != drawn
 
 
-def test_the_best_of_draws_is_their_best(captioner, scenes):
+def test_the_best_of_draws_is_their_best(captioner, scenes, monkeypatch):
     rows = list(scenes[:3])
     drawn = captioner.write(rows, method="sample", num=6).texts
 
@@ -85,8 +86,20 @@ def test_the_best_of_draws_is_their_best(captioner, scenes):
     best = captioner.write(rows, method="best-of", num=6, reward=longest).texts
     assert [len(text) for text in best] == [max(map(len, drawn[6 * i : 6 * i + 6])) for i in range(3)]
     assert all(text in drawn[6 * i : 6 * i + 6] for i, text in enumerate(best))
+    assert len({*drawn}) > 1
+
+    scored = []  # without a reward: by the mean log-prob, which the forward pass of training gives as well
+    choose = captioner_module._best
+    monkeypatch.setattr(captioner_module, "_best", lambda *given: scored.append(given[:2]) or choose(*given))
     likeliest = captioner.write(rows, method="best-of", num=6).texts
-    assert all(text in drawn[6 * i : 6 * i + 6] for i, text in enumerate(likeliest)) and likeliest != best
+    policy = captioner.policy
+    prompts = policy.pictures.prompts(rows, [str(i) for i in range(3)], policy.device, pixels=True)
+    ((responses, means),) = scored
+    with torch.no_grad():
+        logprobs = policy(prompts, responses).logprobs
+    expected = (logprobs * responses.mask).sum(-1) / responses.mask.sum(-1)
+    torch.testing.assert_close(means, expected, atol=1e-3, rtol=0)
+    assert likeliest == [drawn[6 * i + int(means[6 * i : 6 * i + 6].argmax())] for i in range(3)]
 
 
 def test_beams_find_likelier_captions_than_greedy(captioner, scenes):
