@@ -77,7 +77,7 @@ def _experience(trainer: PPOTrainer, step: int) -> tuple[Rollout, torch.Tensor, 
         prompts = trainer.prompts(step)
         with trainer.accelerator.autocast():
             rollout = stages.sample(trainer.policy, prompts, config, config.seed * 1_000_003 + step, trainer.engine)
-    # 4. The reference's view of them: the same weights with the adapters off.
+    # 4. The reference's view of them: the same weights with the adapters off, or a second model.
     with trainer.timed("reference"):
         if config.kl_coef > 0:
             with trainer.accelerator.autocast():

@@ -117,12 +117,13 @@ def folded(model: nn.Module, rows: int) -> Iterator[None]:
     enough."""
     layers = [module for module in model.modules() if isinstance(module, FoldedLora)]
     size = sum(layer.base_layer.weight.nbytes for layer in layers)
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())  # see `packed`
     try:
         if size <= _KEPT_BYTES:
             with torch.no_grad():
                 for layer in layers:
                     weight = layer.fold()
-                    layer.folded = None if weight is None else packed(weight, rows)
+                    layer.folded = weight if weight is None or compiled else packed(weight, rows)
         yield
     finally:
         for layer in layers:

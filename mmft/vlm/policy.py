@@ -1,7 +1,8 @@
 """The policy: ONE trainable module that holds the vision-language model, its adapters and the value head.
 
 One module, because Accelerate under DeepSpeed prepares one; `forward` is its only way in, so that DDP and ZeRO see
-every use. The reference policy is the same weights with the adapters switched off.
+every use. The reference policy is the same weights with the adapters switched off, or a second model (see
+`load.build_policy`).
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Policy(nn.Module):
         model: any image-text-to-text model of transformers, or a `PeftModel` around one.
         processor: its processor.
         critic: "head" for a value head on the last hidden states, "none" for no critic.
-        reference: a second model for the reference when the policy has no adapters to switch off; else None. It may
-            share the weights that are frozen.
+        reference: a second model for the reference when the policy has no adapters to switch off, or adapters that had
+            learned something before; else None. It may share the weights that are frozen.
         shared_prefix: None lets the family decide; False forces the plain path.
         cache_bytes: budget for picture features kept across steps.
         cache_folder, cache_disk_bytes: where they are kept on disk as well, and how much of them.

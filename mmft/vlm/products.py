@@ -43,8 +43,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def packed(weight: Tensor, rows: int) -> Tensor:
     """A copy of the weight (N, K) in the layout that oneDNN reads fastest where x has few ``rows``, for `linear`
-    alone; the weight itself where oneDNN is not used."""
-    if not _HERE or weight.numel() < _LEAST:
+    alone; the weight itself where oneDNN is not used. Not for code that `torch.compile` traces, which takes it for an
+    ordinary tensor."""
+    if not _HERE or weight.numel() < _LEAST or weight.device.type != "cpu":
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
@@ -67,6 +68,7 @@ def _faster(x: Tensor, weight: Tensor) -> bool:
     return (
         _HERE
         and weight.numel() >= _LEAST
+        and x.dim() > 1
         and x.numel() > 0
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
@@ -85,7 +87,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # Of a frozen weight the input is not needed again, and is the larger one.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         return _product(x, weight, bias)
 
     @staticmethod

@@ -93,15 +93,15 @@ def test_the_recipe_makes_the_reward_objects_again(make, tmp_path):
 
 def test_a_key_among_a_reward_s_options_is_not_written(make, tmp_path):
     class Judge:
-        def __init__(self, api_key, model):
-            self.api_key, self.model = api_key, model
+        def __init__(self, api_key, auth, model):
+            self.api_key, self.auth, self.model = api_key, auth, model
 
         def __call__(self, completions, **columns):
             return [0.0] * len(completions)
 
-    describe(make(PPOConfig(output_dir=str(tmp_path)), Judge("open sesame", "large")), tmp_path / "recipe.yaml")
+    describe(make(PPOConfig(output_dir=str(tmp_path)), Judge("open sesame", "let me in", "large")), tmp_path / "recipe.yaml")
     (said,) = load_recipe(tmp_path / "recipe.yaml").rewards
-    assert said.options == {"api_key": "(hidden)", "model": "large"}
+    assert said.options == {"api_key": "(hidden)", "auth": "(hidden)", "model": "large"}
 
 
 def test_a_run_that_no_recipe_can_say_is_told(make, tmp_path, capsys):

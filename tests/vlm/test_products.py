@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from mmft.batch import Responses
 from mmft.vlm import products
+from mmft.vlm.adapters import FoldedLora, folded
 from mmft.vlm.generate import generate
 from mmft.vlm.load import build_policy, load_model, lora_config
 
@@ -51,6 +52,20 @@ def test_a_bias_alone_gets_its_gradient(forced):
     assert forced and torch.equal(bias.grad, torch.full((5,), 3.0))
 
 
+def test_a_frozen_weight_keeps_no_input_for_the_backward_pass(forced):
+    """The inputs of all frozen layers would be most of the activations."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        products.linear(torch.randn(7, 4, requires_grad=True), torch.randn(5, 4))
+    assert forced and kept == [(5, 4)]
+
+
+def test_a_ghost_s_weights_and_a_gpu_s_are_not_packed(forced):
+    """`mmft doctor memory` plans with weights that are not there; a GPU's host may have an AMD CPU."""
+    weight = torch.empty(40, 24, device="meta")
+    assert products.packed(weight, 16) is weight
+
+
 def test_packed_weights(forced):
     weight, bias = torch.randn(40, 24), torch.randn(40)
     for rows in (1, 16, 300):  # packed for 16
@@ -63,10 +78,24 @@ def test_what_is_not_for_it_goes_torchs_way(forced):
     x, weight = torch.randn(3, 8), torch.randn(8, 8)
     products.linear(x.bfloat16(), weight.bfloat16())
     products.linear(x[:0], weight)
+    products.linear(x[0], weight.requires_grad_()).sum().backward()
+    weight.requires_grad_(False)
     products.linear(x, torch.randn(8, 16)[:, ::2])
     with torch.autocast("cpu", torch.bfloat16):
         assert products.linear(x, weight).dtype == torch.bfloat16
     assert not forced
+
+
+def test_compiled_layers_are_not_given_packed_weights(forced, tiny_model):
+    """What `torch.compile` traces would take them for ordinary tensors, and fail."""
+    model, processor = load_model(str(tiny_model("llava")))
+    policy = build_policy(model, processor, lora_config(model, r=4))
+    layers = [module for module in policy.model.modules() if isinstance(module, FoldedLora)]
+    with folded(policy.model, rows=2):
+        assert layers and all(layer.folded.is_mkldnn for layer in layers)
+    policy.compile_decoder(lambda graph, inputs: graph.forward)
+    with folded(policy.model, rows=2):
+        assert not any(layer.folded.is_mkldnn for layer in layers)
 
 
 @pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2_5_vl", "paligemma"])

@@ -43,6 +43,8 @@ def _words(section: Section, recipe) -> None:
     model, rollout, train = recipe.model, recipe.rollout, recipe.train
     responses = rollout.prompts_per_step * rollout.num_generations
     trained = TRAINED[model.tune].format(r=model.lora.r, layers=model.trained_layers)
+    if model.adapter is not None:
+        trained += f", going on from {model.adapter}"
     section.numbers |= {"steps": train.steps, "responses": train.steps * responses}
     if recipe.warm_start is not None:
         start = recipe.warm_start
