@@ -21,8 +21,11 @@ _SHAPES = re.compile(
     r"|A(?:KI|SI)A[0-9A-Z]{16}|AIza[\w-]{35})"
 )
 _IN_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")  # user:password@
-_NAMES = re.compile(r"(?:token|secret|password|passwd|(?:api|access|private)[_-]?key|auth|authorization|bearer|cookie"
-    r"|credentials?|passphrase)$", re.IGNORECASE)
+_NAMES = re.compile(
+    r"(?:token|secret|password|passwd|(?:api|access|private)[_-]?key|auth|authorization|bearer|cookie"
+    r"|credentials?|passphrase)$",
+    re.IGNORECASE,
+)
 _LEAST = 8  # characters; a shorter value stands in too many harmless texts
 _given: set[str] = set()
 

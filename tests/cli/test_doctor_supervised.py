@@ -56,6 +56,12 @@ def test_the_least_memory_is_weights_gradients_and_moments(tune, monkeypatch):
     assert not supervised.least_memory(section, recipe) and section.findings[-1].kind == "wrong"
 
 
+def test_the_adapter_that_a_run_goes_on_from_is_named(tmp_path):
+    section = Section("Recipe")
+    look_at_recipe(section, load_recipe(PPO, ["model.adapter=runs/first", f"output.dir={tmp_path / 'run'}"]))
+    assert "LoRA adapters of rank 16, going on from runs/first;" in "\n".join(f.text for f in section.findings)
+
+
 @pytest.mark.parametrize("verb", ["memory", "rewards"])
 def test_what_is_of_reinforcement_learning_alone_says_so(verb, capsys):
     assert main(["doctor", verb, SFT]) == 2

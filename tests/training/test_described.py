@@ -99,7 +99,8 @@ def test_a_key_among_a_reward_s_options_is_not_written(make, tmp_path):
         def __call__(self, completions, **columns):
             return [0.0] * len(completions)
 
-    describe(make(PPOConfig(output_dir=str(tmp_path)), Judge("open sesame", "let me in", "large")), tmp_path / "recipe.yaml")
+    judge = Judge("open sesame", "let me in", "large")
+    describe(make(PPOConfig(output_dir=str(tmp_path)), judge), tmp_path / "recipe.yaml")
     (said,) = load_recipe(tmp_path / "recipe.yaml").rewards
     assert said.options == {"api_key": "(hidden)", "auth": "(hidden)", "model": "large"}
 
