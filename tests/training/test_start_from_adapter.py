@@ -15,6 +15,7 @@ from test_trainer import count_wanted, rows, weights
 from mmft.batch import Responses
 from mmft.recipe import RecipeError, load_recipe
 from mmft.recipe.sections import Model
+from mmft.training import distributed
 from mmft.training.config import PPOConfig
 from mmft.training.run import assemble
 from mmft.training.trainer import PPOTrainer
@@ -195,3 +196,11 @@ def test_the_recipe_reaches_the_trainer(tmp_path):
     words = [*small, f"output.dir={tmp_path}/b", f"model.adapter={tmp_path}/adapter"]
     second = weights(assemble(load_recipe("recipes/caption_ppo.yaml", words)))
     assert all(torch.equal(value, second[name]) for name, value in weights(made).items() if "lora_" in name)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_engines_that_take_the_shared_weights_apart_are_refused(engine, first, tiny_model, tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, tiny_model("llava"), 1, adapter=str(first))
+    monkeypatch.setattr(distributed, "engine_of", lambda accelerator: engine)
+    with pytest.raises(ValueError, match=f"{engine} takes them apart.*model.adapter.*algorithm.kl_coef"):
+        distributed.prepare(trainer.accelerator, trainer.policy, trainer.optimizer)
